@@ -1,0 +1,83 @@
+"""What `ecg-jax inspect` shows: a data folder's card in words, and one recording ready to be drawn.
+
+Reads only; the card is the one that `convert` wrote, nothing is computed again.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from ecg_jax.ecg_paper import Tracing
+from ecg_jax.errors import DataError
+
+
+def read_card(path: Path) -> dict:
+    """The card of the data folder at `path`. Raises DataError where there is none."""
+    from ecg_jax.shards.catalog import open_folder
+
+    folder = open_folder(path)
+    return {**folder.card, "path": str(folder.path)}
+
+
+def raw_record(header: Path) -> Tracing:
+    """A WFDB record (its `.hea` file) as it lies on disk, in mV."""
+    from ecg_jax.records.readers import read_wfdb
+    from ecg_jax.records.record import Refused
+
+    try:
+        record = read_wfdb(header.with_suffix(""))
+    except Refused as error:
+        raise DataError(f"{header}: {error.reason}: {error.detail}") from None
+    notes = _notes(record.age, record.sex, {}, {})
+    return Tracing(record.signal, record.rate, record.unit, record.record_id, notes)
+
+
+def stored_record(path: Path, record_id: str | None = None) -> Tracing:
+    """The stored record `record_id` (default: the first of the test split) of the data folder at `path`."""
+    from ecg_jax.records.leads import expand_matrix
+    from ecg_jax.shards.catalog import open_folder
+    from ecg_jax.shards.schema import decode, read_frames
+
+    folder = open_folder(path)
+    for split in sorted(folder.splits, key=("test", "val", "train").index):
+        for shard in folder.shards(split):
+            for frame in read_frames(shard.path):
+                stored = decode(frame)
+                if record_id in (None, stored["record_id"]):
+                    signal = np.asarray(stored["signal"], np.float32) * 1e-3
+                    if signal.shape[1] == 8:
+                        signal = signal @ expand_matrix()
+                    unit = folder.card["unit"]
+                    notes = _notes(stored["age"], stored["sex"], stored["labels"], folder.card["tasks"])
+                    title = f"{folder.card['name']} {stored['record_id']} ({split})"
+                    valid = tuple(int(v) for v in stored["valid"])
+                    return Tracing(signal, folder.card["rate"], unit, title, notes, valid)
+    raise DataError(f"{folder.path}: no record {record_id!r}: ids stand in the shards and in quarantine.jsonl")
+
+
+def _notes(age: float, sex: float, labels: dict, names: dict) -> str:
+    person = [f"{age:.0f} years" if np.isfinite(age) else "", {1.0: "male", 0.0: "female"}.get(float(sex), "")]
+    found = {task: [n for n, v in zip(names[task], values, strict=True) if v == 1] for task, values in labels.items()}
+    diagnoses = [f"{task}: {', '.join(positive)}" for task, positive in found.items() if positive]
+    return "   ".join(filter(None, [*person, *diagnoses]))
+
+
+def card_lines(card: dict) -> list[str]:
+    """The card as lines for a terminal."""
+    lines = [f"{card['name']} {card['version']}   {card.get('path', '')}".rstrip()]
+    rate, leads = card["rate"], card["leads"]
+    lines.append(f"  {len(leads)} leads at {rate} Hz, unit {card['unit']}, filter chain {card['chain']['name']}, R peaks {card['detector']}")
+    for split, counts in card["splits"].items():
+        lines.append(f"  {split:5} {counts['records']:>9,} records  {counts['patients']:>9,} groups  {counts['shards']:>5} shards")
+    refused = card.get("refused", {})
+    if refused:
+        total = sum(refused.values())
+        lines.append(f"  refused {total:,}: " + ", ".join(f"{reason} {n:,}" for reason, n in sorted(refused.items())))
+    for task, names in card["tasks"].items():
+        prevalence = card["prevalence"][task]
+        lines.append(f"  task {task} ({len(names)} labels), share of positives in " + ", ".join(prevalence))
+        width = max(map(len, names))
+        for i, name in enumerate(names):
+            shares = "  ".join("      -" if v[i] is None else f"{v[i]:7.2%}" for v in prevalence.values())
+            lines.append(f"    {name:{width}}  {shares}")
+    return lines

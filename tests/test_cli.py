@@ -1,0 +1,127 @@
+"""The command line itself: every stage is there, explains itself, and fails in one line with the documented code."""
+
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ecg_jax import cli, errors
+
+STAGES = "convert inspect codebook tokenize train sweep probe embed fit demo doctor".split()
+LATER = ("codebook", "tokenize", "sweep", "embed")
+
+
+def run(*words, capsys):
+    try:
+        code = cli.main(list(words))
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_help_lists_every_stage(capsys):
+    code, out, _ = run("--help", capsys=capsys)
+    assert code == 0
+    for stage in STAGES:
+        assert f"\n    {stage} " in out
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_help_with_an_example(stage, capsys):
+    code, out, _ = run(stage, "--help", capsys=capsys)
+    assert code == 0
+    assert f"example:\n  ecg-jax {stage}" in out
+
+
+@pytest.mark.parametrize("stage", LATER)
+def test_later_stages_say_so_in_one_line(stage, capsys):
+    code, out, err = run(stage, "--anything", "x", capsys=capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "not there yet" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.UsageError("two\nlines"), 2),
+        (errors.DataError("x"), 3),
+        (errors.DivergedError("x"), 4),
+        (errors.MachineError("x"), 5),
+        (errors.InterruptedRun("x"), 75),
+        (OSError(errno.ENOSPC, "No space left on device", "shard"), 5),
+        (OSError(errno.EROFS, "Read-only file system", "shard"), 5),
+        (MemoryError(), 5),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_errors_become_one_line_and_their_code(error, code, capsys, monkeypatch):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(cli, "_run_doctor", fail)
+    got, out, err = run("doctor", capsys=capsys)
+    assert (got, out, err.count("\n")) == (code, "", 1)
+    assert err.startswith("ecg-jax: error: ")
+
+
+def test_our_own_bugs_keep_their_traceback(monkeypatch):
+    def fail(args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "_run_doctor", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["doctor"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("convert", "ptbxl"), "--out"),
+        (("convert", "ptbxl", "--out", "x"), "--source"),
+        (("convert", "ptbxk", "--out", "x", "--source", "."), "did you mean 'ptbxl'"),
+        (("convert", "synthetic", "--out", "x", "--option", "records"), "NAME=VALUE"),
+        (("convert", "synthetic", "--out", "x", "--workers", "0"), "--workers"),
+        (("probe", "--features", "x.npz", "--data", "x", "--task", "y"), "--features is not there yet"),
+    ],
+)
+def test_usage_errors_name_the_argument(words, says, capsys):
+    code, _, err = run(*words, capsys=capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert says in err
+
+
+@pytest.mark.parametrize("words", [("a.b=1", "--run", "r"), ("--run", "r", "a.b=1")])
+def test_overrides_may_stand_before_and_after_the_options(words, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_run_train", lambda args: print(args.config, args.run_dir, args.overrides + args.rest))
+    assert run("train", "c.toml", *words, capsys=capsys)[:2] == (0, "c.toml r ['a.b=1']\n")
+    assert run("train", "c.toml", *words, "--nonsense", capsys=capsys)[0] == 2
+
+
+def test_missing_folder_is_bad_data(tmp_path, capsys):
+    code, _, err = run("inspect", str(tmp_path / "nowhere"), capsys=capsys)
+    assert (code, err.count("\n")) == (3, 1)
+    assert "nowhere" in err
+
+
+def test_convert_lists_the_data_sets(capsys):
+    code, out, _ = run("convert", "list", capsys=capsys)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()][:3] == ["ptbxl", "code15", "code"]
+    assert "not there yet" in out
+
+
+def test_doctor_speaks_json(capsys):
+    code, out, _ = run("doctor", "--json", capsys=capsys)
+    result = json.loads(out)
+    assert {"python", "packages", "devices", "machine", "caches", "problems"} <= set(result)
+    assert code == (5 if result["problems"] else 0)
+    assert result["devices"]
+
+
+def test_importing_the_package_and_asking_for_help_load_nothing_heavy():
+    heavy = "{'jax', 'tensorflow', 'scipy', 'matplotlib', 'wfdb', 'numpy'}"
+    code = f"import sys, ecg_jax.cli as c; c._parser(); sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

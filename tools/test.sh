@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Makes a virtual environment, installs the package with its test tools at the pinned versions, and runs lint and tests.
+#   bash tools/test.sh [pytest arguments]        ECG_JAX_VENV=DIR uses another environment
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tools/venv.sh test
+"$VENV/bin/ruff" format --check .
+"$VENV/bin/ruff" check .
+JAX_PLATFORMS=cpu "$VENV/bin/python" -m pytest "$@"
