@@ -1,0 +1,279 @@
+"""Loads a split of one or several data folders into memory as arrays.
+
+No TensorFlow: the offset index says where the samples and the labels stand, so that only checksums are a loop
+over records. Invariants: every loaded record has passed its CRC32C; rows come by folder, shard and place on
+the circle; a smaller subset reads only its own run of bytes in each shard.
+"""
+
+import json
+import struct
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+
+from ecg_jax.errors import DataError, did_you_mean
+from ecg_jax.progress import track
+from ecg_jax.records.leads import expand_matrix
+from ecg_jax.shards import schema
+from ecg_jax.shards.catalog import WHOLE, DataFolder, Shard, Subset, open_folder, select
+from ecg_jax.shards.grouping import LANES
+from ecg_jax.shards.writer import bayes_of
+
+
+@dataclass(frozen=True)
+class Table:
+    """A loaded split, n records.
+
+    signal int16 [n, 1000, L], 1 LSB = 0.001 `unit`; labels int8 [n, K] in the order of label_names, -1
+    unknown; valid int32 [n, 2] (start, length); lane int32 [n], the shard's number mod 8; record_hash,
+    group_hash uint64 [n]; age, sex float32 [n], NaN unknown; bayes float32 [n, K], the simulator's true
+    probabilities, or None; unit mV, z or mixed; capacity, the records of the largest lane of the whole split,
+    whatever the subset.
+    """
+
+    signal: np.ndarray
+    labels: np.ndarray
+    label_names: tuple[str, ...]
+    valid: np.ndarray
+    lane: np.ndarray
+    record_hash: np.ndarray
+    group_hash: np.ndarray
+    record_ids: list[str]
+    age: np.ndarray
+    sex: np.ndarray
+    bayes: np.ndarray | None
+    unit: str
+    leads: tuple[str, ...]
+    capacity: int
+
+    def __len__(self) -> int:
+        return len(self.signal)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a loader is to read: the folders, their label columns, and the chosen rows of every shard."""
+
+    folders: tuple[DataFolder, ...]
+    split: str
+    task: str
+    label_names: tuple[str, ...]
+    columns: tuple[np.ndarray, ...]  # per folder int [K of the folder]: column in label_names, -1 not wanted
+    leads: schema.Leads  # "12" as soon as one folder has twelve
+    parts: tuple[
+        tuple[int, Shard, np.ndarray], ...
+    ]  # (folder, shard, chosen IndexRow rows), empty ones left out
+    capacity: int
+
+    @property
+    def records(self) -> int:
+        return sum(len(rows) for _, _, rows in self.parts)
+
+
+def choose(
+    folders: Sequence[Path],
+    split: str,
+    task: str,
+    *,
+    labels: Sequence[str] | None = None,
+    subset: Subset = WHOLE,
+    exclude: Collection[int] = frozenset(),
+) -> Selection:
+    """Settle folders, labels and rows, reading only cards and indexes. Arguments and errors as in `load`."""
+    if not folders:
+        raise DataError("no data folder given")
+    opened = tuple(open_folder(Path(folder)) for folder in folders)
+    tasks = [folder.labels(task) for folder in opened]
+    every = tuple(dict.fromkeys(name for names in tasks for name in names))
+    wanted = every if labels is None else tuple(labels)
+    for name in wanted:
+        if name not in every:
+            raise DataError(
+                f"task {task!r} has no label {name!r}{did_you_mean(name, every)}; it has {', '.join(every)}"
+            )
+    columns = tuple(np.array([wanted.index(n) if n in wanted else -1 for n in names], int) for names in tasks)
+    pieces = [(f, shard, shard.index()) for f, folder in enumerate(opened) for shard in folder.shards(split)]
+    whole = np.concatenate([index for _, _, index in pieces])
+    keep = select(whole, subset if split == "train" else WHOLE, frozenset(int(g) for g in exclude))
+    if not keep.any():
+        raise DataError(
+            f"{_names(opened)}: {split} has {len(whole)} records, none in the subset: take a larger one"
+        )
+    edges = np.cumsum([0, *(len(index) for _, _, index in pieces)])
+    chosen = [
+        (f, shard, index[keep[a:b]])
+        for (f, shard, index), a, b in zip(pieces, edges[:-1], edges[1:], strict=True)
+        if keep[a:b].any()
+    ]
+    lanes = np.bincount(whole["shard"].astype(np.int64) % LANES, minlength=LANES)
+    leads = "8" if all(folder.leads == "8" for folder in opened) else "12"
+    return Selection(opened, split, task, wanted, columns, leads, tuple(chosen), int(lanes.max()))
+
+
+def _names(folders: Sequence[DataFolder]) -> str:
+    return ", ".join(str(folder.path) for folder in folders)
+
+
+def load(
+    folders: Sequence[Path],
+    split: str,
+    task: str,
+    *,
+    labels: Sequence[str] | None = None,
+    subset: Subset = WHOLE,
+    exclude: Collection[int] = frozenset(),
+) -> Table:
+    """The records of `split` of all `folders`, labels aligned by name.
+
+    labels   which labels, in this order; None: those of the first folder, then new ones of the others. A
+             label that a
+             folder does not have is unknown (-1) there
+    subset   applies to "train" only: val and test never shrink
+    exclude  group hashes to leave out, of whatever split is loaded
+
+    Deterministic. Raises DataError for a missing folder, split, task or label (naming those there are), an
+    empty selection, or a damaged shard (naming file and byte).
+    """
+    s = choose(folders, split, task, labels=labels, subset=subset, exclude=exclude)
+    n, k = s.records, len(s.label_names)
+    has_bayes = all(task in folder.card["splits"][split].get("bayes_loss", {}) for folder in s.folders)
+    signal = np.empty((n, schema.LENGTH, len(schema.LEAD_NAMES[s.leads])), np.int16)
+    out_labels = np.full((n, k), -1, np.int8)
+    bayes = np.full((n, k), np.nan, np.float32) if has_bayes else None
+    age, sex = np.empty(n, np.float32), np.empty(n, np.float32)
+    record_ids: list[str] = []
+    # One buffer for all shards: fresh memory is as slow to touch as the file is to read.
+    buffer = np.empty(max(_chosen_bytes(rows) for _, _, rows in s.parts), np.uint8)
+    at = 0
+    for f, shard, rows in track(s.parts, f"load {split}", unit="shards"):
+        folder, here = s.folders[f], slice(at, at + len(rows))
+        data, rows = _read(shard.path, rows, buffer)
+        _copy_signals(data, rows, folder.leads, signal[here])
+        fixed = schema.fixed_offsets(
+            folder.leads, tuple((t, len(v)) for t, v in folder.card["tasks"].items())
+        )
+        _check_layout(data, rows, fixed, task, shard.path)
+        age[here] = _gather(data, rows, *fixed["age"]).view("<f4")[:, 0]
+        sex[here] = _gather(data, rows, *fixed["sex"]).view("<f4")[:, 0]
+        used = s.columns[f] >= 0
+        found = _gather(data, rows, *fixed[f"labels/{task}"]).view(np.int8)
+        out_labels[here, s.columns[f][used]] = found[:, used]
+        ids = zip((rows["frame"] + rows["id"]).tolist(), rows["id_length"].tolist(), strict=True)
+        record_ids += [data[start : start + length].tobytes().decode() for start, length in ids]
+        if bayes is not None:
+            true = [bayes_of(_meta(data, row), task, len(used)) for row in rows]
+            bayes[here, s.columns[f][used]] = np.array(true, np.float32)[:, used]
+        at += len(rows)
+    index = np.concatenate([rows for _, _, rows in s.parts])
+    units = {folder.card["unit"] for folder in s.folders}
+    return Table(
+        signal=signal,
+        labels=out_labels,
+        label_names=s.label_names,
+        valid=index["valid"].astype(np.int32),
+        lane=(index["shard"] % LANES).astype(np.int32),
+        record_hash=index["record"].astype(np.uint64),
+        group_hash=index["group"].astype(np.uint64),
+        record_ids=record_ids,
+        age=age,
+        sex=sex,
+        bayes=bayes,
+        unit=units.pop() if len(units) == 1 else "mixed",
+        leads=schema.LEAD_NAMES[s.leads],
+        capacity=s.capacity,
+    )
+
+
+# ------------------------------------------------------------------------------------------- bytes of a shard
+
+
+def _read(path: Path, rows: np.ndarray, buffer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(uint8 part of `buffer` that now holds the chosen frames, verified; `rows` with places counted in it).
+
+    Only the runs of chosen frames are read: one, or two where the arc passes the end of the circle, or more
+    where groups are excluded. Raises DataError naming file and byte of a damaged record.
+    """
+    end = rows["frame"] + rows["length"] + np.uint64(schema.FRAME_EXTRA)
+    gaps = np.flatnonzero(rows["frame"][1:] != end[:-1]) + 1
+    local = rows.copy()
+    taken = 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            for a, b in zip([0, *gaps.tolist()], [*gaps.tolist(), len(rows)], strict=True):
+                start, size = int(rows["frame"][a]), int(end[b - 1]) - int(rows["frame"][a])
+                file.seek(start)
+                _read_exactly(file, memoryview(buffer)[taken : taken + size], path, start)
+                skipped = np.uint64(start - taken)
+                local["frame"][a:b] -= skipped
+                local["signal"][a:b] -= skipped
+                taken += size
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; {schema.REPAIR}") from None
+    data = buffer[:taken]
+    _verify(data, local, rows["frame"].tolist(), path)
+    return data, local
+
+
+def _chosen_bytes(rows: np.ndarray) -> int:
+    return int(rows["length"].sum(dtype=np.int64)) + len(rows) * schema.FRAME_EXTRA
+
+
+def _read_exactly(file: FileIO, target: memoryview, path: Path, start: int) -> None:
+    done = 0
+    while done < len(target):  # one call reads at most 2 GiB
+        count = file.readinto(target[done:])
+        if not count:
+            raise schema.damaged(path, start + done, "the file ends here")
+        done += count
+
+
+def _verify(data: np.ndarray, rows: np.ndarray, offsets: list[int], path: Path) -> None:
+    view, crc = memoryview(data), google_crc32c.value
+    for frame, length, offset in zip(rows["frame"].tolist(), rows["length"].tolist(), offsets, strict=True):
+        payload = frame + schema.HEADER
+        head = bytes(view[frame:payload])
+        stored_length, length_crc = struct.unpack("<QI", head)
+        (payload_crc,) = struct.unpack_from("<I", view, payload + length)
+        found = schema.mask(crc(bytes(view[payload : payload + length])))
+        if stored_length != length or schema.masked_crc(head[:8]) != length_crc or found != payload_crc:
+            raise schema.damaged(path, offset, "a checksum is wrong")
+
+
+def _gather(data: np.ndarray, rows: np.ndarray, offset: int, size: int) -> np.ndarray:
+    """uint8 [n, size]: the bytes at `offset` after the samples' start of each row."""
+    start = rows["signal"].astype(np.int64) + offset
+    return data[start[:, None] + np.arange(size)]
+
+
+def _copy_signals(data: np.ndarray, rows: np.ndarray, leads: schema.Leads, out: np.ndarray) -> None:
+    size = 2 * schema.LENGTH * len(schema.LEAD_NAMES[leads])
+    expand = expand_matrix() if out.shape[2] > len(schema.LEAD_NAMES[leads]) else None
+    for i, start in enumerate(rows["signal"].tolist()):
+        samples = data[start : start + size].view("<i2").reshape(schema.LENGTH, -1)
+        out[i] = samples if expand is None else to_twelve(samples, expand)
+
+
+def to_twelve(samples: np.ndarray, expand: np.ndarray) -> np.ndarray:
+    """int16 [..., 8] -> int16 [..., 12], rounded and held inside int16."""
+    return np.clip(np.rint(samples.astype(np.float32) @ expand), -32767, 32767).astype(np.int16)
+
+
+def _check_layout(data: np.ndarray, rows: np.ndarray, fixed: dict, task: str, path: Path) -> None:
+    """One full decode a shard: the constant distances must lead to what the fields hold."""
+    start, length = int(rows["frame"][0]) + schema.HEADER, int(rows["length"][0])
+    stored = schema.decode(data[start : start + length].tobytes())
+    found = _gather(data, rows[:1], *fixed[f"labels/{task}"]).view(np.int8)[0]
+    if not np.array_equal(stored["labels"].get(task), found):
+        raise DataError(
+            f"{path}: its fields do not stand where its card says; convert again with this release"
+        )
+
+
+def _meta(data: np.ndarray, row: np.void) -> dict:
+    start = int(row["frame"]) + int(row["id"]) + int(row["id_length"])
+    end = int(row["frame"]) + schema.HEADER + int(row["length"])
+    return json.loads(schema.decode_tail(data[start:end].tobytes())["meta"])
