@@ -1,0 +1,178 @@
+"""Frozen features of a trained or an untrained encoder on a table of records, computed once and cached.
+
+The encoder sees what it saw in training: the same scale, the same crop length (centre crop), no randomness,
+float32. Nothing is fitted here and no label is read. The cache is named by the content of the encoder and of
+the records, so it can never serve another encoder, another filter chain or another split. Invariant: the
+features of a record do not depend on the batch it came in (beyond float rounding).
+"""
+
+import hashlib
+import io
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import jax
+import numpy as np
+
+from ecg_jax import progress
+from ecg_jax.errors import DataError, DivergedError
+from ecg_jax.evaluation import files
+
+DIGITS = 16  # hex digits of a hash in a file name
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """config: the architecture's; params: what the objective's `features` needs, {"encoder": tree} and with
+    BatchNorm
+    "stats"; info: what `training.export` stored with it; digest: hash of everything that decides the
+    features.
+    """
+
+    config: Any
+    params: dict[str, Any]
+    info: dict[str, Any]
+    digest: str
+
+
+def load(run_dir: Path) -> Encoder:
+    """The encoder that the run in `run_dir` exported. Raises DataError where there is none."""
+    from ecg_jax.training.export import load_encoder
+
+    config, tree, info = load_encoder(run_dir)
+    params = {"encoder": tree}
+    if getattr(config, "norm", None) == "batch":
+        if "stats" not in tree:
+            raise DataError(
+                f"{run_dir}: the exported encoder lacks its BatchNorm statistics; train with model.norm group"
+            )
+        params = {"encoder": {k: v for k, v in tree.items() if k != "stats"}, "stats": tree["stats"]}
+    return Encoder(config, params, info, _digest(config, params, info))
+
+
+def untrained(encoder: Encoder, seed: int = 0) -> Encoder:
+    """The same architecture and input with fresh parameters: the baseline of every claim that training
+    helped.
+
+    Randomness: `seed` only.
+    """
+    objective = _objective(encoder)
+    params = objective.init(jax.random.key(seed), np.full(1, 0.5, np.float32))
+    params = {name: tree for name, tree in params.items() if name != "head"}
+    return replace(encoder, params=params, digest=_digest(encoder.config, params, encoder.info))
+
+
+def extract(
+    encoder: Encoder,
+    table: Any,
+    split: str,
+    *,
+    cache: Path | None = None,
+    batch: int = 128,
+    data: str | None = None,
+) -> np.ndarray:
+    """Features float32 [n, D] of the records of `table` (`shards.tables.Table`), the log gain last.
+
+    split names the cache file, `cache/<encoder>-<data>-<split>.npz` (record_ids, record_hash, group_hash,
+    features); data is `data_hash(table)` where the caller has it. Raises DataError for a unit that the
+    encoder cannot take, DivergedError for features that are not finite.
+    """
+    check_unit(encoder, table)
+    data = data or data_hash(table)
+    path = cache / f"{encoder.digest[:DIGITS]}-{data[:DIGITS]}-{split}.npz" if cache else None
+    if path and path.exists():
+        found = _cached(path, table)
+        if found is not None:
+            return found
+    features = _compute(encoder, table, split, batch)
+    bad = ~np.isfinite(features).all(1)
+    if bad.any():
+        first = table.record_ids[int(np.argmax(bad))]
+        raise DivergedError(
+            f"features of {int(bad.sum())} records are not finite, first {first!r}: encoder unusable"
+        )
+    if path:
+        _store(path, table, features)
+    return features
+
+
+def check_unit(encoder: Encoder, table: Any) -> None:
+    """Raises DataError where an encoder that reads millivolt would be given anything else."""
+    if encoder.info["scale"] == "mv" and table.unit != "mV":
+        raise DataError(
+            f"the encoder reads millivolt (model.scale mv), the records are in unit {table.unit!r}: "
+            "probe a data folder in mV, or train with model.scale gain or zscore"
+        )
+
+
+def data_hash(table: Any) -> str:
+    """Hash of the records, in their order: ids, samples, observed span, unit and leads; no label."""
+    digest = hashlib.sha256(repr((table.unit, tuple(table.leads), table.signal.shape)).encode())
+    for part in (table.record_hash, table.valid, table.signal):
+        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _digest(config: Any, params: Any, info: dict[str, Any]) -> str:
+    digest = hashlib.sha256(repr((config, info["scale"], info["crop"])).encode())
+    for path, leaf in sorted(
+        (jax.tree_util.keystr(p), v) for p, v in jax.tree_util.tree_leaves_with_path(params)
+    ):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{path}{array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _objective(encoder: Encoder):
+    from ecg_jax.objectives import supervised
+
+    # One label: the features do not pass through the head.
+    return supervised.make(
+        encoder.config, 1, scale=encoder.info["scale"], crop=encoder.info["crop"], dtype="float32"
+    )
+
+
+@lru_cache(maxsize=32)
+def _forward(objective):
+    return jax.jit(objective.features)
+
+
+def _compute(encoder: Encoder, table: Any, split: str, batch: int) -> np.ndarray:
+    n = len(table.record_ids)
+    if not n:
+        raise DataError(f"no record in the {split} split: nothing to probe")
+    forward, params = _forward(_objective(encoder)), jax.device_put(encoder.params)
+    done, pending = [], None
+    for start in progress.track(range(0, n, batch), f"features of {split}", unit="batches"):
+        rows = np.minimum(np.arange(start, start + batch), n - 1)  # one shape, so one compile
+        dispatched = forward(params, {"signal": table.signal[rows], "valid": table.valid[rows]})
+        if pending is not None:
+            done.append(np.asarray(pending, np.float32))  # read the step before, while this one runs
+        pending = dispatched
+    return np.concatenate([*done, np.asarray(pending, np.float32)])[:n]
+
+
+def _cached(path: Path, table: Any) -> np.ndarray | None:
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            if np.array_equal(file["record_hash"], table.record_hash):
+                return file["features"]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None  # a torn file of a full disk: compute again and replace it
+    return None
+
+
+def _store(path: Path, table: Any, features: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.savez(
+        content,
+        record_ids=np.asarray(table.record_ids, dtype=np.str_),
+        record_hash=table.record_hash,
+        group_hash=table.group_hash,
+        features=features,
+    )
+    files.write(path, content.getvalue())
