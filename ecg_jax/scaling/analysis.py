@@ -1,0 +1,197 @@
+"""One set of runs, one law, everything that is to be said about it: fit, draws, intervals, conditions,
+sensitivity.
+
+It chooses the form by which of N and D vary, fits, bootstraps, refits without flagged runs and under other
+losses, and scores the largest runs held out. It does not compare families (`multipliers`) or write anything
+(`fit`). Invariant: `LawResult.fit` is None exactly where the design refuses the law; numbers of a law that
+is not identified are computed and flagged, so that a program can look at them and the report can withhold
+them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ecg_jax.errors import UsageError, did_you_mean
+from ecg_jax.scaling import bootstrap, identify, intervals, laws
+from ecg_jax.scaling.families import RunSet, SeedNoise
+from ecg_jax.scaling.intervals import Interval
+from ecg_jax.scaling.solve import LOSSES, LOSSES_LATER, Fit, fit_law
+
+FORMS = ("auto", "hoffmann", "power", "power0")
+LEAST_FOR_FLOOR = 4  # distinct sizes before a one-variable law may have its own floor
+
+
+@dataclass(frozen=True)
+class Options:
+    """How laws are fitted; the same for all sets of one call."""
+
+    form: str = "auto"
+    loss: str = "log-huber"
+    delta: float | None = None
+    bootstrap: int = 1000
+    level: float = 0.95
+    seed: int = 0
+
+    def checked(self) -> "Options":
+        """Itself, or UsageError naming the option that is wrong."""
+        for name, known, later in (("form", FORMS, laws.LATER), ("loss", LOSSES, LOSSES_LATER)):
+            value = getattr(self, name)
+            if value in later:
+                raise UsageError(f"--{name} {value} is not there yet; now: {', '.join(known)}")
+            if value not in known:
+                raise UsageError(
+                    f"--{name} {value!r} is none of {', '.join(known)}{did_you_mean(value, known)}"
+                )
+        if self.delta is not None and not (self.loss == "log-huber" and 0 < self.delta < np.inf):
+            raise UsageError("--delta must be positive and goes with --loss log-huber only")
+        if not (self.bootstrap == 0 or 50 <= self.bootstrap <= 1_000_000):
+            raise UsageError(f"--bootstrap {self.bootstrap}: 0 for no intervals, else 50 draws or more")
+        if not 0.5 <= self.level < 1.0:
+            raise UsageError(f"--level {self.level:g}: a confidence level from 0.5 to below 1, as 0.95")
+        return self
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The same set fitted otherwise."""
+
+    what: str
+    n: int
+    parameters: dict[str, float]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Error on runs that the fit had not seen: root mean square of ln L, on how many runs, and in words
+    which."""
+
+    log_rmse: float
+    n: int
+    rule: str
+
+
+@dataclass(frozen=True)
+class LawResult:
+    runs: RunSet
+    law: laws.Law | None
+    fit: Fit | None
+    draws: bootstrap.Draws | None
+    intervals: dict[str, Interval]
+    identification: identify.Identification
+    noise: SeedNoise | None
+    held_out: HeldOut | None
+    variants: tuple[Variant, ...]
+
+    @property
+    def identified(self) -> bool:
+        return self.fit is not None and self.identification.identified
+
+    @property
+    def log_x(self) -> np.ndarray:
+        return laws.design(self.law, self.runs.n_params, self.runs.n_records)
+
+    @property
+    def df(self) -> int:
+        """Degrees of freedom of the fit: configurations less parameters, at least 1."""
+        return max(int(self.runs.cells.max()) + 1 - self.law.size, 1)
+
+
+def choose_law(runs: RunSet, form: str) -> tuple[laws.Law | None, str]:
+    """The law for a set, and where there is none why."""
+    variables = tuple(v for v, values in (("N", runs.sizes), ("D", runs.data)) if len(values) > 1)
+    if not variables:
+        return None, "one configuration only: neither N nor D varies"
+    if form == "auto":
+        distinct = len(runs.sizes if variables == ("N",) else runs.data)
+        form = "hoffmann" if len(variables) == 2 else ("power" if distinct >= LEAST_FOR_FLOOR else "power0")
+    try:
+        return laws.get(form, variables), ""
+    except ValueError:
+        return None, f"form {form} asked for, but {' and '.join(variables)} vary"
+
+
+def analyse(runs: RunSet, options: Options, noise: SeedNoise | None) -> LawResult:
+    """Everything about one set. Deterministic by `options.seed`."""
+    law, why = choose_law(runs, options.form)
+    if law is None:
+        refused = identify.Identification((identify.Condition("form", False, why),))
+        return LawResult(runs, None, None, None, {}, refused, noise, None, ())
+    conditions = identify.design_conditions(runs, law)
+    if any(c.ok is False for c in conditions):
+        return LawResult(
+            runs, law, None, None, {}, identify.Identification(tuple(conditions)), noise, None, ()
+        )
+    fitted = _fit(runs, law, options, noise)
+    conditions += identify.loss_conditions(runs, fitted, noise)
+    drawn, ends = None, {}
+    if options.bootstrap:
+        drawn = bootstrap.draw(
+            fitted,
+            laws.design(law, runs.n_params, runs.n_records),
+            runs.loss,
+            bootstrap.cell_keys(runs.n_params, runs.n_records),
+            draws=options.bootstrap,
+            seed=options.seed,
+            kind=bootstrap.choose_kind(runs.n_params, runs.n_records),
+        )
+        ends = intervals.parameter_intervals(fitted, drawn, level=options.level)
+    return LawResult(
+        runs, law, fitted, drawn, ends, identify.Identification(tuple(conditions)), noise,
+        _held_out(runs, law, options, noise), tuple(_variants(runs, law, options, noise)),
+    )  # fmt: skip
+
+
+def _fit(
+    runs: RunSet, law: laws.Law, options: Options, noise: SeedNoise | None, loss: str | None = None
+) -> Fit:
+    loss = loss or options.loss
+    return fit_law(
+        law,
+        laws.design(law, runs.n_params, runs.n_records),
+        runs.loss,
+        loss=loss,
+        delta=options.delta if loss == options.loss else None,
+        noise=noise.log if noise else None,
+    )
+
+
+def _fittable(runs: RunSet, law: laws.Law) -> bool:
+    return runs.n > 0 and all(c.ok is not False for c in identify.design_conditions(runs, law))
+
+
+def _variants(runs: RunSet, law: laws.Law, options: Options, noise: SeedNoise | None):
+    """Without flagged runs, where there are any; and under the other losses."""
+    if not runs.converged.all():
+        rest = runs.only(runs.converged)
+        what = f"without the {int((~runs.converged).sum())} runs that are not done"
+        parameters = _fit(rest, law, options, noise).parameters if _fittable(rest, law) else {}
+        yield Variant(what, rest.n, parameters)
+    for loss in ("log-huber", "ls-log", "ls"):
+        if loss != options.loss:
+            yield Variant(f"loss {loss}", runs.n, _fit(runs, law, options, noise, loss).parameters)
+
+
+def _held_out(runs: RunSet, law: laws.Law, options: Options, noise: SeedNoise | None) -> HeldOut | None:
+    """Leave out the largest size of each variable (or only the corner of both, in small designs) and
+    predict it."""
+    top_n, top_d = runs.n_params == runs.sizes[-1], runs.n_records == runs.data[-1]
+    values = {"N": f"N = {runs.sizes[-1]:,.0f}", "D": f"D = {runs.data[-1]:,.0f}"}
+    if len(law.variables) == 1:
+        v = law.variables[0]
+        rules = [(top_n if v == "N" else top_d, f"runs at {values[v]}")]
+    else:
+        rules = [
+            (top_n | top_d, f"runs at {values['N']} or {values['D']}"),
+            (top_n & top_d, f"runs at {values['N']} and {values['D']}"),
+        ]
+        scale = np.log(runs.n_params) + np.log(runs.n_records)
+        if not (top_n & top_d).any():  # no grid: the fifth of the runs with the largest N x D
+            rules = [(scale > np.quantile(scale, 0.8), "the fifth of the runs with the largest N x D")]
+    for out, rule in rules:
+        if _fittable(runs.only(~out), law):
+            fitted = _fit(runs.only(~out), law, options, noise)
+            rest = runs.only(out)
+            error = np.log(fitted.predict(laws.design(law, rest.n_params, rest.n_records)) / rest.loss)
+            return HeldOut(float(np.sqrt(np.mean(error**2))), rest.n, rule)
+    return None

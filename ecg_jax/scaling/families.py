@@ -1,0 +1,194 @@
+"""Groups checked rows into sets that one law is fitted to: one family (architecture x paradigm x input) on
+one task.
+
+Repeated seeds of a configuration (N, D) stay separate rows, and their spread is the noise everything else
+is measured against. Runs that diverged or did not converge stay in, flagged. Where a run has several rows
+for the same thing, one is used: the checkpoint chosen on `val` before the last step, the `test` split
+before others, the latest step, the mean over probe seeds.
+
+It does not fit. Invariant: one row per run and set; what was passed over is counted in
+`RunSet.passed_over`.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ecg_jax.scaling.table import Table
+
+SELECTIONS = ("best-val", "best", "final", "last")  # first one present wins
+SPLITS = ("test", "val", "validation", "train")
+
+
+@dataclass(frozen=True)
+class SetKey:
+    """What one law is fitted to."""
+
+    architecture: str
+    paradigm: str
+    input: str
+    dataset: str
+    task: str
+    domain: str
+    metric: str
+    probe: str
+    label_fraction: float
+
+    @property
+    def family(self) -> tuple[str, str, str]:
+        return self.architecture, self.paradigm, self.input
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """What was measured, whatever the family: the same for all families of a comparison."""
+        return self.dataset, self.task, self.domain, self.metric, self.probe, str(self.label_fraction)
+
+
+@dataclass(frozen=True)
+class RunSet:
+    """Runs of one family on one task, [n] each; `loss` > 0, `converged` False for flagged runs."""
+
+    key: SetKey
+    n_params: np.ndarray
+    n_records: np.ndarray
+    loss: np.ndarray
+    converged: np.ndarray
+    floor: np.ndarray  # NaN where not known
+    prior: np.ndarray
+    runs: tuple[str, ...]
+    status: tuple[str, ...]
+    folders: tuple[Path, ...]  # where each run's row was read: its run folder, if it has one
+    split: str
+    selection: str
+    passed_over: dict[str, int]
+    mixed: tuple[str, ...]  # columns that should be one per family and are not
+
+    @property
+    def n(self) -> int:
+        return len(self.loss)
+
+    @property
+    def cells(self) -> np.ndarray:
+        """Number of each run's configuration (N, D), [n]."""
+        pairs = np.stack([self.n_params, self.n_records], axis=1)
+        return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.unique(self.n_params)
+
+    @property
+    def data(self) -> np.ndarray:
+        return np.unique(self.n_records)
+
+    def only(self, rows: np.ndarray) -> "RunSet":
+        """The same set with a boolean or integer selection of rows."""
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+        arrays = {
+            f: getattr(self, f)[rows]
+            for f in ("n_params", "n_records", "loss", "converged", "floor", "prior")
+        }
+        words = {f: tuple(getattr(self, f)[i] for i in rows) for f in ("runs", "status", "folders")}
+        return replace(self, **arrays, **words)
+
+    def known_floor(self) -> float | None:
+        """The irreducible loss that the log states, or None where any run lacks it."""
+        return float(np.mean(self.floor)) if np.all(np.isfinite(self.floor)) else None
+
+
+@dataclass(frozen=True)
+class SeedNoise:
+    """Spread among repeated seeds: standard deviation of ln L, of L, and their degrees of freedom."""
+
+    log: float
+    absolute: float
+    df: int
+    pooled_over: int  # families whose repeats went in
+
+
+def seed_noise(sets: Sequence[RunSet]) -> SeedNoise | None:
+    """Pooled within configurations (and families, where several sets are given); None without repeats."""
+    log_ss = absolute_ss = 0.0
+    df = contributing = 0
+    for runs in sets:
+        before = df
+        cells = runs.cells
+        for cell in np.unique(cells):
+            losses = runs.loss[(cells == cell) & runs.converged]
+            if len(losses) > 1:
+                log_ss += float(np.sum((np.log(losses) - np.log(losses).mean()) ** 2))
+                absolute_ss += float(np.sum((losses - losses.mean()) ** 2))
+                df += len(losses) - 1
+        contributing += df > before
+    if not df:
+        return None
+    return SeedNoise((log_ss / df) ** 0.5, (absolute_ss / df) ** 0.5, df, contributing)
+
+
+def group(table: Table) -> list[RunSet]:
+    """One `RunSet` per family and measured thing: the ID losses first, then by data set, task, domain and
+    family."""
+    buckets: dict[SetKey, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in table.rows:
+        key = SetKey(
+            row["architecture"], row["paradigm"], row["input"], row["dataset"], row["task"], row["domain"],
+            row["metric"], row["probe"], row["label_fraction"],
+        )  # fmt: skip
+        buckets[key].append(row)
+    sets = [_run_set(key, rows) for key, rows in buckets.items()]
+    return sorted(
+        sets,
+        key=lambda s: (s.key.domain != "id", s.key.measured, s.key.paradigm, s.key.input, s.key.architecture),
+    )
+
+
+def _run_set(key: SetKey, rows: Sequence[Mapping[str, Any]]) -> RunSet:
+    passed: Counter[str] = Counter()
+    rows, split = _prefer(rows, "split", SPLITS, passed)
+    rows, selection = _prefer(rows, "selection", SELECTIONS, passed)
+    by_run: dict[tuple, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_run[row["run"], row["n_params"], row["n_records"], str(row["seed"])].append(row)
+    kept = []
+    for _, mine in sorted(by_run.items(), key=lambda item: (item[0][1:3], item[0][0], item[0][3])):
+        last = max(r["step"] for r in mine)
+        now = [r for r in mine if r["step"] == last]
+        if len(now) < len(mine):
+            passed["earlier step of the same run"] += len(mine) - len(now)
+        if len(now) > 1:
+            passed["probe seed averaged into its run"] += len(now) - 1
+        kept.append(dict(now[0]) | {"value": float(np.mean([r["value"] for r in now]))})
+    mixed = tuple(c for c in ("objective", "codebook", "pool") if len({str(r[c]) for r in kept}) > 1)
+
+    def column(name: str) -> np.ndarray:
+        return np.array([r[name] for r in kept], float)
+
+    return RunSet(
+        key=key,
+        n_params=column("n_params"),
+        n_records=column("n_records"),
+        loss=column("value"),
+        converged=np.array([r["status"] == "done" for r in kept]),
+        floor=column("floor"),
+        prior=column("prior"),
+        runs=tuple(r["run"] for r in kept),
+        status=tuple(r["status"] for r in kept),
+        folders=tuple(r["_file"].parent for r in kept),
+        split=split,
+        selection=selection,
+        passed_over=dict(passed),
+        mixed=mixed,
+    )
+
+
+def _prefer(rows, column: str, order: Sequence[str], passed: Counter) -> tuple[list[Mapping[str, Any]], str]:
+    """Rows of the most preferred value of `column`; the rest are counted."""
+    present = {r[column] for r in rows}
+    best = min(present, key=lambda v: (order.index(v) if v in order else len(order), v))
+    for value in present - {best}:
+        passed[f"{column} {value} ({best} is used)"] += sum(r[column] == value for r in rows)
+    return [r for r in rows if r[column] == best], best
