@@ -132,7 +132,9 @@ def _run_convert(args: argparse.Namespace) -> int:
     from ecg_jax.datasets import DATASETS, open_source
 
     if args.dataset == "list":
-        rows = [f"{name:14} {entry.help}{'' if entry.available else ' (not there yet)'}" for name, entry in DATASETS.items()]
+        rows = [
+            f"{name:14} {entry.help}{'' if entry.available else ' (not there yet)'}" for name, entry in DATASETS.items()
+        ]
         print("\n".join(rows))
         return 0
     if args.out is None:
@@ -260,7 +262,9 @@ def _run_probe(args: argparse.Namespace) -> int:
 def _fit(commands) -> None:
     example = "fit runs/* --out report"
     parser = _add(commands, "fit", "scaling laws and multipliers with intervals, and a report", example, _run_fit)
-    parser.add_argument("tables", nargs="+", type=Path, metavar="EVALS|RUNS", help="eval logs (JSONL, CSV), run folders")
+    parser.add_argument(
+        "tables", nargs="+", type=Path, metavar="EVALS|RUNS", help="eval logs (JSONL, CSV), run folders"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--form", default="auto")
     parser.add_argument("--loss", default="log-huber", help="log-huber, lad, ls, ls-log")
@@ -298,7 +302,13 @@ def _run_fit(args: argparse.Namespace) -> int:
 
 
 def _demo(commands) -> None:
-    parser = _add(commands, "demo", "all of it on simulated ECG: two CPU cores, five minutes", "demo --out demo", _run_demo)
+    parser = _add(
+        commands,
+        "demo",
+        "all of it on simulated ECG: two CPU cores, five minutes",
+        "demo --out demo",
+        _run_demo,
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a second run reuses what is done")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -311,7 +321,13 @@ def _run_demo(args: argparse.Namespace) -> int:
 
 
 def _doctor(commands) -> None:
-    parser = _add(commands, "doctor", "versions, devices, caches; what is wrong and how to mend it", "doctor", _run_doctor)
+    parser = _add(
+        commands,
+        "doctor",
+        "versions, devices, caches; what is wrong and how to mend it",
+        "doctor",
+        _run_doctor,
+    )
     parser.add_argument("--json", action="store_true")
 
 

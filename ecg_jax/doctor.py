@@ -46,7 +46,9 @@ def _packages(problems: list[str]) -> dict[str, str]:
             continue
         found[need.name] = version
         if not need.specifier.contains(version, prereleases=True):
-            problems.append(f"{need.name} {version} is outside {need.specifier}: pip install '{need.name}{need.specifier}'")
+            problems.append(
+                f"{need.name} {version} is outside {need.specifier}: pip install '{need.name}{need.specifier}'"
+            )
     return dict(sorted(found.items()))
 
 
@@ -64,7 +66,9 @@ def _devices(problems: list[str]) -> list[str]:
     lines = []
     for device in devices:
         memory = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
-        lines.append(f"{device.platform}:{device.id} {device.device_kind}" + (f" {memory / GIB:.0f} GiB" if memory else ""))
+        lines.append(
+            f"{device.platform}:{device.id} {device.device_kind}" + (f" {memory / GIB:.0f} GiB" if memory else "")
+        )
     return lines
 
 
@@ -80,13 +84,15 @@ def _machine(problems: list[str]) -> dict:
 
 
 def _caches(problems: list[str]) -> dict[str, str]:
-    from ecg_jax.training.step import cache_dir
+    from ecg_jax.training.runtime import cache_folder
 
-    folder = cache_dir()
+    folder = cache_folder()
     size = sum(f.stat().st_size for f in folder.glob("**/*") if f.is_file()) if folder.is_dir() else 0
     parent = next((p for p in (folder, *folder.parents) if p.exists()), Path("/"))
     if not os.access(parent, os.W_OK):
-        problems.append(f"the compile cache {folder} cannot be written: set JAX_COMPILATION_CACHE_DIR to another folder")
+        problems.append(
+            f"the compile cache {folder} cannot be written: set train.cache_dir or XDG_CACHE_HOME to another folder"
+        )
     return {"compiled programs": f"{folder} ({size / 2**20:.0f} MiB)"}
 
 

@@ -25,11 +25,10 @@ def raw_record(header: Path) -> Tracing:
     from ecg_jax.records.record import Refused
 
     try:
-        record = read_wfdb(header.with_suffix(""))
+        reading = read_wfdb(header.with_suffix(""))
     except Refused as error:
         raise DataError(f"{header}: {error.reason}: {error.detail}") from None
-    notes = _notes(record.age, record.sex, {}, {})
-    return Tracing(record.signal, record.rate, record.unit, record.record_id, notes)
+    return Tracing(reading.signal, reading.rate, "mV", header.stem, "; ".join(reading.comments)[:120])
 
 
 def stored_record(path: Path, record_id: str | None = None) -> Tracing:
@@ -56,7 +55,10 @@ def stored_record(path: Path, record_id: str | None = None) -> Tracing:
 
 
 def _notes(age: float, sex: float, labels: dict, names: dict) -> str:
-    person = [f"{age:.0f} years" if np.isfinite(age) else "", {1.0: "male", 0.0: "female"}.get(float(sex), "")]
+    person = [
+        f"{age:.0f} years" if np.isfinite(age) else "",
+        {1.0: "male", 0.0: "female"}.get(float(sex), ""),
+    ]
     found = {task: [n for n, v in zip(names[task], values, strict=True) if v == 1] for task, values in labels.items()}
     diagnoses = [f"{task}: {', '.join(positive)}" for task, positive in found.items() if positive]
     return "   ".join(filter(None, [*person, *diagnoses]))
@@ -66,9 +68,13 @@ def card_lines(card: dict) -> list[str]:
     """The card as lines for a terminal."""
     lines = [f"{card['name']} {card['version']}   {card.get('path', '')}".rstrip()]
     rate, leads = card["rate"], card["leads"]
-    lines.append(f"  {len(leads)} leads at {rate} Hz, unit {card['unit']}, filter chain {card['chain']['name']}, R peaks {card['detector']}")
+    lines.append(
+        f"  {len(leads)} leads at {rate} Hz, unit {card['unit']}, filter chain {card['chain']['name']}, R peaks {card['detector']}"
+    )
     for split, counts in card["splits"].items():
-        lines.append(f"  {split:5} {counts['records']:>9,} records  {counts['patients']:>9,} groups  {counts['shards']:>5} shards")
+        lines.append(
+            f"  {split:5} {counts['records']:>9,} records  {counts['patients']:>9,} groups  {counts['shards']:>5} shards"
+        )
     refused = card.get("refused", {})
     if refused:
         total = sum(refused.values())

@@ -60,9 +60,7 @@ def measure(name: str, work: Callable[[], int], seconds: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a data folder; default: random recordings")
     parser.add_argument("--records", type=int, default=4096, help="of the random recordings")
     parser.add_argument("--seconds", type=float, default=5.0, help="per line")
@@ -72,9 +70,7 @@ def main() -> None:
         folder = open_folder(args.data or random_folder(Path(scratch), args.records))
         task = next(iter(folder.card["tasks"]))
         shards = folder.shards("train")
-        print(
-            f"{folder.path.parent.name}: {sum(s.records for s in shards):,} train records, batch {args.batch}"
-        )
+        print(f"{folder.path.parent.name}: {sum(s.records for s in shards):,} train records, batch {args.batch}")
         print(f"{'':28} {'ECG/s':>12} {'per CPU s':>12}")
 
         (prepared,) = prepare_many(list(read([Item("r", "p", "train", 0)])))

@@ -68,9 +68,7 @@ def open_source(name: str, source_dir: Path | None, options: dict[str, str]) -> 
     entry = DATASETS.get(name)
     if entry is None:
         known = [key for key, value in DATASETS.items() if value.available]
-        raise UsageError(
-            f"unknown data set {name!r}{did_you_mean(name, list(DATASETS))}: known are {', '.join(known)}"
-        )
+        raise UsageError(f"unknown data set {name!r}{did_you_mean(name, list(DATASETS))}: known are {', '.join(known)}")
     if not entry.available:
         raise UsageError(f"data set {name!r} ({entry.help}) is not there yet; `wfdb` takes any WFDB records")
     if entry.source:

@@ -35,9 +35,7 @@ def _fill(table: Table, i: int, record_id: str, template: str) -> str:
             continue
         if conversion or field not in (*values, "thousand"):  # no attribute or item look-ups either
             near = did_you_mean(field, [*values, "thousand"])
-            raise UsageError(
-                f"wfdb: path={template!r}: {{{field}}} is no column{near}; id and thousand are known too"
-            )
+            raise UsageError(f"wfdb: path={template!r}: {{{field}}} is no column{near}; id and thousand are known too")
         value = record_id if field == "thousand" else values[field]
         try:
             if field == "thousand":
@@ -78,14 +76,8 @@ def locate(
         rule = "by id"
     lost = [record_id for record_id, path in zip(ids, found, strict=True) if path is None]
     if len(lost) == len(ids):
-        where = (
-            f"path={template!r} gives {paths[0]}.hea"
-            if template
-            else f"nothing is called {ids[0]}.hea or the like"
-        )
-        raise DataError(
-            f"{source_dir}: no row of {table.path.name} has a recording ({where}); say path=TEMPLATE"
-        )
+        where = f"path={template!r} gives {paths[0]}.hea" if template else f"nothing is called {ids[0]}.hea or the like"
+        raise DataError(f"{source_dir}: no row of {table.path.name} has a recording ({where}); say path=TEMPLATE")
     spare = sorted(headers - {path for path in found if path})
     return found, {
         "path_rule": rule,
@@ -100,15 +92,11 @@ def _headers(source_dir: Path) -> set[str]:
     headers = set()
     for folder, _, files in track(os.walk(source_dir), f"looking through {source_dir}", unit="folders"):
         inside = os.path.relpath(folder, source_dir)
-        headers.update(
-            os.path.normpath(os.path.join(inside, file[:-4])) for file in files if file.endswith(".hea")
-        )
+        headers.update(os.path.normpath(os.path.join(inside, file[:-4])) for file in files if file.endswith(".hea"))
     return headers
 
 
-def _search(
-    headers: set[str], by_stem: dict, by_number: dict, record_id: str, table: Table, i: int
-) -> str | None:
+def _search(headers: set[str], by_stem: dict, by_number: dict, record_id: str, table: Table, i: int) -> str | None:
     direct = os.path.normpath(record_id)
     if direct in headers:
         return direct
@@ -116,8 +104,7 @@ def _search(
         if matches:
             if len(matches) > 1:
                 raise DataError(
-                    f"{table.where(i)}: {record_id} may be {matches[0]}.hea or {matches[1]}.hea; "
-                    "say path=TEMPLATE"
+                    f"{table.where(i)}: {record_id} may be {matches[0]}.hea or {matches[1]}.hea; say path=TEMPLATE"
                 )
             return matches[0]
     return None

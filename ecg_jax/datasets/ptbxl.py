@@ -60,9 +60,7 @@ def open_ptbxl(source_dir: Path, options: dict[str, str]) -> Source:
     for i, row in enumerate(table.rows):
         record_id = identifier(table, i, "ecg_id")
         if not record_id or record_id in seen:
-            raise DataError(
-                f"{table.where(i)}: ecg_id {record_id!r} is {'there twice' if record_id else 'empty'}"
-            )
+            raise DataError(f"{table.where(i)}: ecg_id {record_id!r} is {'there twice' if record_id else 'empty'}")
         seen.add(record_id)
         fold = number(table, i, "strat_fold")
         if not fold.is_integer():  # nor is NaN, an empty cell
@@ -197,9 +195,7 @@ def _rate(source_dir: Path, table: Table, wanted: str | None) -> tuple[int, int]
         for row in table.rows:
             file = source_dir / f"{row[column]}.hea"
             if file.parent not in folders:
-                folders[file.parent] = (
-                    {p.name for p in file.parent.iterdir()} if file.parent.is_dir() else set()
-                )
+                folders[file.parent] = {p.name for p in file.parent.iterdir()} if file.parent.is_dir() else set()
             found += file.name in folders[file.parent]
         return found
 
@@ -214,8 +210,4 @@ def _rate(source_dir: Path, table: Table, wanted: str | None) -> tuple[int, int]
 def _reason(wanted: str | None, rate: int, at_500: int, total: int) -> str:
     if wanted:
         return f"asked for ({at_500} of {total} records are there at 500 Hz)"
-    return (
-        "every record is there at 500 Hz"
-        if rate == 500
-        else f"only {at_500} of {total} records are there at 500 Hz"
-    )
+    return "every record is there at 500 Hz" if rate == 500 else f"only {at_500} of {total} records are there at 500 Hz"

@@ -121,9 +121,7 @@ def _settings(options: dict[str, str]) -> Settings:
     if prevalence not in MIXTURES:
         raise UsageError(f"synthetic: prevalence={prevalence!r}: give one of {', '.join(MIXTURES)}")
     numbers = {name: _number(options[name], name) for name in NUMBERS if name in options}
-    return Settings(
-        population=population, prevalence=prevalence, seed=_whole(options, "seed", 0, 0), **numbers
-    )
+    return Settings(population=population, prevalence=prevalence, seed=_whole(options, "seed", 0, 0), **numbers)
 
 
 def _whole(options: dict[str, str], name: str, default: int, least: int) -> int:
@@ -160,9 +158,7 @@ def _splits(patient: np.ndarray, val: int, test: int, records: int) -> list[str 
     if not val and not test:
         return [None] * records
     if val + test >= records:
-        raise UsageError(
-            f"synthetic: val={val} and test={test} leave nothing of {records} records to train on"
-        )
+        raise UsageError(f"synthetic: val={val} and test={test} leave nothing of {records} records to train on")
     starts = np.flatnonzero(np.diff(patient, prepend=-1))  # first record of each patient
     ends = np.append(starts, records)
     first = int(ends[np.searchsorted(ends, test)])

@@ -44,9 +44,7 @@ def read_table(path: Path) -> Table:
                 raise DataError(f"{path} is empty; a header line of column names is needed")
             columns = tuple(name.strip() for name in head)
             if len(columns) == 1 and any(mark in columns[0] for mark in ";\t"):
-                raise DataError(
-                    f"{path}: columns are to be separated by commas, this header reads {columns[0][:60]!r}"
-                )
+                raise DataError(f"{path}: columns are to be separated by commas, this header reads {columns[0][:60]!r}")
             twice = sorted({name for name in columns if columns.count(name) > 1})
             if twice:
                 raise DataError(f"{path}: column {twice[0]!r} is there twice")
@@ -92,9 +90,7 @@ def parse_folds(text: str) -> dict[int, str]:
         for piece in part.split(","):
             first, dash, last = piece.strip().partition("-")
             if not first.isdecimal() or (dash and not last.isdecimal()):
-                raise UsageError(
-                    f"folds={text!r}: {piece.strip()!r} is neither a number nor a range such as 1-8"
-                )
+                raise UsageError(f"folds={text!r}: {piece.strip()!r} is neither a number nor a range such as 1-8")
             low, high = int(first), int(last) if dash else int(first)
             if not low <= high <= low + 10_000:
                 raise UsageError(f"folds={text!r}: the range {piece.strip()!r} runs backwards or is too long")

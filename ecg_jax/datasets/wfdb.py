@@ -103,9 +103,7 @@ def open_wfdb(source_dir: Path, options: dict[str, str]) -> Source:
         }
         items.append(Item(record_id, patient or record_id, split, where))
     if not items:
-        raise DataError(
-            f"{table.path}: none of its {len(ids)} rows is in the folds {options.get('folds', FOLDS)}"
-        )
+        raise DataError(f"{table.path}: none of its {len(ids)} rows is in the folds {options.get('folds', FOLDS)}")
     about: dict[str, Any] = {
         "options": dict(sorted(options.items())),
         "table": table.path.name,
@@ -116,9 +114,7 @@ def open_wfdb(source_dir: Path, options: dict[str, str]) -> Source:
         "splits": dict(Counter(item.split or "by hash of the patient" for item in items)),
         **about_files,
     }
-    return Source(
-        name, version, unit, names, tuple(items), partial(_read, source_dir, unit, checksums), about
-    )
+    return Source(name, version, unit, names, tuple(items), partial(_read, source_dir, unit, checksums), about)
 
 
 def _read(source_dir: Path, unit: str, checksums: bool, items: Sequence[Item]) -> Iterator[Record | Refused]:
@@ -206,9 +202,7 @@ def _columns(table: Table, options: dict[str, str]) -> dict[str, str]:
     # A column that is declared otherwise does not also get the role its name suggests.
     columns = {role: column for role, column in columns.items() if role in options or column not in declared}
     if "id" not in columns:
-        raise UsageError(
-            "wfdb: column 'record' is declared twice; say which column holds the ids with id=COLUMN"
-        )
+        raise UsageError("wfdb: column 'record' is declared twice; say which column holds the ids with id=COLUMN")
     declared.update(columns.values())
     twice = [column for column, times in declared.items() if times > 1]
     if twice:
@@ -228,9 +222,7 @@ def _label_names(table: Table, options: dict[str, str]) -> dict[str, tuple[str, 
     tasks = _list(options, "tasks")
     for key in options:
         if key.startswith("labels.") and key[len("labels.") :] not in tasks:
-            raise UsageError(
-                f"wfdb: {key}= belongs to no task{did_you_mean(key[7:], tasks)}; tasks={','.join(tasks)}"
-            )
+            raise UsageError(f"wfdb: {key}= belongs to no task{did_you_mean(key[7:], tasks)}; tasks={','.join(tasks)}")
     names: dict[str, tuple[str, ...]] = {}
     for task in tasks:
         given = _list(options, f"labels.{task}")
@@ -242,9 +234,7 @@ def _label_names(table: Table, options: dict[str, str]) -> dict[str, tuple[str, 
             raise DataError(f"{table.path}: column {task!r} of tasks= is empty in every row")
     if binary := _list(options, "binary"):
         if BINARY_TASK in names:
-            raise UsageError(
-                f"wfdb: the columns of binary= make up task {BINARY_TASK!r}, which tasks= has as well"
-            )
+            raise UsageError(f"wfdb: the columns of binary= make up task {BINARY_TASK!r}, which tasks= has as well")
         names[BINARY_TASK] = tuple(binary)
     return names
 
@@ -257,9 +247,7 @@ def _cell_labels(table: Table, i: int, task: str, names: tuple[str, ...]) -> lis
     labels = _split_cell(table.rows[i][task])
     for label in labels:
         if label not in names:
-            raise DataError(
-                f"{table.where(i)}: {task}={label!r}{did_you_mean(label, names)} is not in labels.{task}="
-            )
+            raise DataError(f"{table.where(i)}: {task}={label!r}{did_you_mean(label, names)} is not in labels.{task}=")
     return labels
 
 
@@ -280,9 +268,7 @@ def _sex(table: Table, i: int, column: str, male: str | None) -> float:
     if math.isnan(value := number(table, i, column)):
         return value
     if male is None:
-        raise UsageError(
-            f"wfdb: {table.where(i)}: {column}={cell!r}; say which value is male with sex_male=1 or =0"
-        )
+        raise UsageError(f"wfdb: {table.where(i)}: {column}={cell!r}; say which value is male with sex_male=1 or =0")
     try:
         return float(value == float(male))
     except ValueError:
@@ -293,9 +279,7 @@ def _splitter(table: Table, columns: dict[str, str], options: dict[str, str]) ->
     """Function row index -> split, None (no official split) or "" (left out)."""
     if "folds" in options and "fold" not in columns:
         wanted = options.get("fold", ROLES["fold"])
-        raise UsageError(
-            f"wfdb: folds= without a fold column: {table.path} has no {wanted!r}; say fold=COLUMN"
-        )
+        raise UsageError(f"wfdb: folds= without a fold column: {table.path} has no {wanted!r}; say fold=COLUMN")
     if "split" in columns and "folds" not in options:
         column = columns["split"]
 

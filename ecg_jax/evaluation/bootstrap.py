@@ -89,9 +89,7 @@ def _pooled(deviation: np.ndarray, support: np.ndarray) -> float:
     return float(1 + variance.sum() ** 2 / (variance**2 / np.maximum(support - 1, 1)).sum())
 
 
-def spreads(
-    logits: np.ndarray, labels: np.ndarray, thresholds: np.ndarray, resamples: Resamples
-) -> dict[str, Spread]:
+def spreads(logits: np.ndarray, labels: np.ndarray, thresholds: np.ndarray, resamples: Resamples) -> dict[str, Spread]:
     """Every metric of `metrics.METRICS` with its resamples. logits, labels [n, K]; thresholds [K] from
     validation.
     """
@@ -112,9 +110,7 @@ def _ratio_draws(logits, labels, thresholds, resamples: Resamples) -> dict[str, 
     cells |= m.confusion(logits, labels, thresholds)
     n_labels = labels.shape[1]
     sums = np.zeros((len(resamples.counts), len(SUMS) * n_labels))
-    np.add.at(
-        sums, resamples.patient, np.concatenate([cells[name] for name in SUMS], axis=1, dtype=np.float64)
-    )
+    np.add.at(sums, resamples.patient, np.concatenate([cells[name] for name in SUMS], axis=1, dtype=np.float64))
     product = np.concatenate([part.T.astype(np.float64) @ sums for part in _chunks(resamples.counts)])
     total = {name: product[:, i * n_labels : (i + 1) * n_labels] for i, name in enumerate(SUMS)}
     there = np.where(total["known"] > 0, total["known"], np.nan)
@@ -153,9 +149,7 @@ def _support(labels: np.ndarray, resamples: Resamples) -> np.ndarray:
     return np.minimum(*both)
 
 
-def percentile(
-    point: float, draws: np.ndarray, level: float = 0.95, support: float = 0
-) -> tuple[float, float]:
+def percentile(point: float, draws: np.ndarray, level: float = 0.95, support: float = 0) -> tuple[float, float]:
     """Percentile interval of the draws, widened to the point where a very coarse draw leaves it outside."""
     draws = draws[np.isfinite(draws)]
     if not (len(draws) and np.isfinite(point)):

@@ -125,9 +125,7 @@ def paired_files(a: Path, b: Path, *, resamples: int = 1000, seed: int = 0, leve
     """
     first, second = load_predictions(a), load_predictions(b)
     if list(first["label_names"]) != list(second["label_names"]):
-        raise DataError(
-            f"{a} and {b}: other labels, {list(first['label_names'])} and {list(second['label_names'])}"
-        )
+        raise DataError(f"{a} and {b}: other labels, {list(first['label_names'])} and {list(second['label_names'])}")
     order_a, order_b = np.argsort(first["record_ids"]), np.argsort(second["record_ids"])
     if not np.array_equal(first["record_ids"][order_a], second["record_ids"][order_b]):
         raise DataError(f"{a} and {b}: other records; a paired difference needs the same test set")

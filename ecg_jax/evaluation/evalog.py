@@ -196,9 +196,7 @@ def _checked(found: Mapping[str, Any]) -> dict[str, Any]:
     if missing and (missing != ["value"] or entry["status"] != "diverged"):
         raise DataError(f"required field{'s' * (len(missing) > 1)} missing: {', '.join(missing)}")
     if entry["schema_version"] > SCHEMA_VERSION:
-        raise DataError(
-            f"schema_version {entry['schema_version']}, but this version reads up to {SCHEMA_VERSION}"
-        )
+        raise DataError(f"schema_version {entry['schema_version']}, but this version reads up to {SCHEMA_VERSION}")
     low, value, high = entry["ci_low"], entry["value"], entry["ci_high"]
     if value is not None and ((low is not None and low > value) or (high is not None and high < value)):
         raise DataError(f"value {value!r} lies outside its interval [{low!r}, {high!r}]")

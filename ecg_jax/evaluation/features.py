@@ -91,9 +91,7 @@ def extract(
     bad = ~np.isfinite(features).all(1)
     if bad.any():
         first = table.record_ids[int(np.argmax(bad))]
-        raise DivergedError(
-            f"features of {int(bad.sum())} records are not finite, first {first!r}: encoder unusable"
-        )
+        raise DivergedError(f"features of {int(bad.sum())} records are not finite, first {first!r}: encoder unusable")
     if path:
         _store(path, table, features)
     return features
@@ -118,9 +116,7 @@ def data_hash(table: Any) -> str:
 
 def _digest(config: Any, params: Any, info: dict[str, Any]) -> str:
     digest = hashlib.sha256(repr((config, info["scale"], info["crop"])).encode())
-    for path, leaf in sorted(
-        (jax.tree_util.keystr(p), v) for p, v in jax.tree_util.tree_leaves_with_path(params)
-    ):
+    for path, leaf in sorted((jax.tree_util.keystr(p), v) for p, v in jax.tree_util.tree_leaves_with_path(params)):
         array = np.ascontiguousarray(leaf)
         digest.update(f"{path}{array.dtype}{array.shape}".encode())
         digest.update(array.tobytes())
@@ -131,9 +127,7 @@ def _objective(encoder: Encoder):
     from ecg_jax.objectives import supervised
 
     # One label: the features do not pass through the head.
-    return supervised.make(
-        encoder.config, 1, scale=encoder.info["scale"], crop=encoder.info["crop"], dtype="float32"
-    )
+    return supervised.make(encoder.config, 1, scale=encoder.info["scale"], crop=encoder.info["crop"], dtype="float32")
 
 
 @lru_cache(maxsize=32)

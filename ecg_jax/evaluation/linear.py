@@ -138,9 +138,7 @@ def _train(x_NxD, y_NxK, keys, n, x_val, y_val, bias_K, seed, lr, patience, *, b
     known_NxK = (y_NxK != metrics.UNKNOWN).astype(jnp.float32)
     # Weights that make the mean over records an estimate of the mean over labels of each label's own mean.
     share_K = known_NxK.sum(0) / n
-    weight_K = jnp.where(share_K > 0, 1.0 / jnp.maximum(share_K, 1e-12), 0.0) / jnp.maximum(
-        (share_K > 0).sum(), 1
-    )
+    weight_K = jnp.where(share_K > 0, 1.0 / jnp.maximum(share_K, 1e-12), 0.0) / jnp.maximum((share_K > 0).sum(), 1)
     optimiser = optax.adam(lr)
     padding_N = (jnp.arange(len(x_NxD)) >= n).astype(jnp.uint32)
 

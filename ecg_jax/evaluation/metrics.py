@@ -127,12 +127,8 @@ class Ranking:
         order = np.argsort(-scores, kind="stable")
         ranked, hit, patient = scores[order], positive[order], patient[order]
         tie = np.cumsum(np.concatenate([[0], ranked[1:] != ranked[:-1]]))  # 0 for the best score
-        held = np.unique(
-            tie[hit]
-        )  # only ties with a positive have a say; what lies between two of them is one bin
-        inside = np.searchsorted(
-            held, tie
-        )  # bin 2 g: above tie g, below the one before; bin 2 g + 1: in tie g
+        held = np.unique(tie[hit])  # only ties with a positive have a say; what lies between two of them is one bin
+        inside = np.searchsorted(held, tie)  # bin 2 g: above tie g, below the one before; bin 2 g + 1: in tie g
         in_tie = inside < len(held)
         in_tie[in_tie] = held[inside[in_tie]] == tie[in_tie]
         ones = np.ones(len(scores))
@@ -214,10 +210,7 @@ def rates(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray, tn: np.ndarray) -> dic
 def at_thresholds(logits: np.ndarray, labels: np.ndarray, thresholds: np.ndarray) -> dict[str, np.ndarray]:
     """F1, sensitivity and specificity at `thresholds` (logits [K]), float64 [K] each."""
     return rates(
-        **{
-            name: cell.sum(0).astype(np.float64)
-            for name, cell in confusion(logits, labels, thresholds).items()
-        }
+        **{name: cell.sum(0).astype(np.float64) for name, cell in confusion(logits, labels, thresholds).items()}
     )
 
 

@@ -22,9 +22,7 @@ from ecg_jax.evaluation import compare, evalog, features, files, linear, metrics
 from ecg_jax.evaluation.scoring import ScoredSet
 
 PROBE = "adam"
-RESAMPLING_SEED = (
-    0  # one set of resamples per test set, whatever is probed: that is what makes runs comparable
-)
+RESAMPLING_SEED = 0  # one set of resamples per test set, whatever is probed: that is what makes runs comparable
 SPLITS = ("train", "val", "test")
 
 
@@ -78,16 +76,12 @@ def probe_run(
 
     test = splits["test"]  # opened here, after every choice
     digest = features.data_hash(test)
-    x = {
-        m: features.extract(e, test, "test", cache=out / "features", data=digest) for m, e in encoders.items()
-    }
+    x = {m: features.extract(e, test, "test", cache=out / "features", data=digest) for m, e in encoders.items()}
     logits = [c.probe.logits(x[c.model]) for c in chosen]
 
     names = list(test.label_names)
     drawn = resampling.draw(test.group_hash, bootstrap, RESAMPLING_SEED)
-    spreads = [
-        resampling.spreads(z, test.labels, c.thresholds, drawn) for c, z in zip(chosen, logits, strict=True)
-    ]
+    spreads = [resampling.spreads(z, test.labels, c.thresholds, drawn) for c, z in zip(chosen, logits, strict=True)]
     domains = tasks.domains(names, run.labels, splits.lineage, run.lineage)
     scored = ScoredSet(test, names, domains, metrics.prevalence(splits["train"].labels), level)
     stem = f"{splits.dataset}-{task}" + (f"-f{label_fraction:g}" if label_fraction < 1 else "")
@@ -158,12 +152,7 @@ class Run:
             "status": "done",
             "selection": "none",
         }
-        return (
-            known
-            | dict.fromkeys(seen, 0)
-            | dict.fromkeys(("lr", "lineage", "objective", "codebook"))
-            | untrained
-        )
+        return known | dict.fromkeys(seen, 0) | dict.fromkeys(("lr", "lineage", "objective", "codebook")) | untrained
 
 
 class Splits:
@@ -211,9 +200,7 @@ def _select(
         for seed in seeds:
             keep = thin(train.group_hash, fraction, seed) & (train.labels != metrics.UNKNOWN).any(1)
             if not keep.any():
-                raise DataError(
-                    f"label_fraction {fraction:g} leaves no labelled patient to train on: take more"
-                )
+                raise DataError(f"label_fraction {fraction:g} leaves no labelled patient to train on: take more")
             fitted = linear.Split(x_train[keep], train.labels[keep], train.record_hash[keep])
             probe = linear.fit(fitted, held, seed=seed, epochs_max=epochs_max, batch=batch)
             thresholds = metrics.best_f1_threshold(probe.logits(x_val), val.labels)
@@ -262,9 +249,7 @@ def result_lines(report: Mapping[str, Any]) -> list[str]:
     lines = [f"{report['run']} on {report['dataset']} {report['task']}: {counts} records"]
     lines.append(f"{drawn['level']:.0%} intervals, {drawn['resamples']} resamples of {patients} patients")
     for result in report["results"]:
-        note = (
-            "" if result["stopped_by"] == "validation" else ", still improving at the last: raise epochs_max"
-        )
+        note = "" if result["stopped_by"] == "validation" else ", still improving at the last: raise epochs_max"
         lines.append(f"{result['model']} encoder, probe seed {result['seed']}, epoch {result['epoch']}{note}")
         for name, entry in result["labels"].items():
             lines.append(_line(f"{name} ({entry['n_positive']}/{entry['n_examples']})", entry["metrics"]))
@@ -274,9 +259,7 @@ def result_lines(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"trained minus untrained, probe seed {entry['seed']}, paired")
         macros = {metric: rows["macro"] for metric, rows in entry["metrics"].items() if "macro" in rows}
         lines.append(
-            _line(
-                "macro", {metric: row | {"value": row["difference"]} for metric, row in macros.items()}, "+"
-            )
+            _line("macro", {metric: row | {"value": row["difference"]} for metric, row in macros.items()}, "+")
         )
     lines += [f"left out: {name}: {reason}" for name, reason in report["left_out"].items()]
     return [*lines, f"wrote {report['path']}", f"rows in {report['evals']}"]

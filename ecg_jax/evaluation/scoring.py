@@ -20,15 +20,11 @@ class ScoredSet:
     out.
     """
 
-    def __init__(
-        self, test: Any, names: list[str], of_labels: list[str], train_prevalence: np.ndarray, level: float
-    ):
+    def __init__(self, test: Any, names: list[str], of_labels: list[str], train_prevalence: np.ndarray, level: float):
         self.names, self.of_labels, self.level = names, of_labels, level
         self.groups = tasks.by_domain(of_labels)
         self.known, self.positive = metrics.n_known(test.labels), metrics.n_positive(test.labels)
-        self.any_known = {
-            d: int((test.labels[:, m] != metrics.UNKNOWN).any(1).sum()) for d, m in self.groups.items()
-        }
+        self.any_known = {d: int((test.labels[:, m] != metrics.UNKNOWN).any(1).sum()) for d, m in self.groups.items()}
         constant = np.broadcast_to(metrics.logit(train_prevalence), test.labels.shape)
         self.prior = metrics.bce(constant, test.labels)
         self.floor = np.full(len(names), np.nan)

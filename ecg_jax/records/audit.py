@@ -126,9 +126,7 @@ def check_limb_leads(y: np.ndarray) -> np.ndarray:
 def missing_share(missing: np.ndarray) -> str | None:
     """Leads of bool [12, n] that miss more than half of their samples, for a message; None if none does."""
     share = missing.mean(axis=1)
-    lost = [
-        f"{lead} ({value:.0%})" for lead, value in zip(LEADS, share, strict=True) if value > MISSING_SHARE
-    ]
+    lost = [f"{lead} ({value:.0%})" for lead, value in zip(LEADS, share, strict=True) if value > MISSING_SHARE]
     return ", ".join(lost) if lost else None
 
 

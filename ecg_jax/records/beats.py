@@ -17,9 +17,7 @@ DETECTOR = "robust-1"  # stored with every data set; a change of any number belo
 SLOPE = 0.02  # s to each side: the difference answers best at 12.5 Hz, where QRS is and T is not
 SMOOTH = 0.09  # s, about a QRS
 REFRACTORY = 0.20  # s between two beats
-BLOCK = (
-    1.5  # s; the median over blocks of a block's maximum is the typical QRS, whatever a pop or a pause does
-)
+BLOCK = 1.5  # s; the median over blocks of a block's maximum is the typical QRS, whatever a pop or a pause does
 CAP = 1.4  # times the typical QRS slope: an artefact cannot outshout all other leads
 ACCEPT = 0.45  # of the typical QRS
 SEARCH_BACK = 0.18  # of the typical QRS, where a beat is overdue
@@ -81,15 +79,11 @@ def _detect(x: np.ndarray, rate: float) -> list[np.ndarray]:
         energy += weight[:, lead, None] * slope[:, lead]
         size += gain[:, lead, None] * np.square(x[:, lead])
     width = 2 * round(SMOOTH * rate / 2) + 1
-    energy = np.sqrt(
-        ndimage.uniform_filter1d(energy.astype(np.float64), width, axis=1, mode="constant").clip(0)
-    )
+    energy = np.sqrt(ndimage.uniform_filter1d(energy.astype(np.float64), width, axis=1, mode="constant").clip(0))
     level = _typical(energy, rate)
     around = 2 * round(REFRACTORY * rate) - 1
     top = ndimage.maximum_filter1d(energy, around, axis=1, mode="constant")
-    rows, at = np.nonzero(
-        (energy == top) & (energy > SEARCH_BACK * level[:, None]) & (level[:, None] > _TINY)
-    )
+    rows, at = np.nonzero((energy == top) & (energy > SEARCH_BACK * level[:, None]) & (level[:, None] > _TINY))
     ends = np.searchsorted(rows, np.arange(len(x) + 1))
     return [
         _refine(_choose(at[a:z], energy[b, at[a:z]] / level[b], rate), size[b], rate)

@@ -170,9 +170,7 @@ def _windows(spans: list[_Span], rate: float, chain: Chain, windows: str) -> lis
         for number, offset, n in cuts:
             begin, end = round(offset * rate / RATE), round((offset + n) * rate / RATE)
             if gaps[b] and (lost := audit.missing_share(missing[b, :, begin:end])):
-                refusal = Refused(
-                    "mostly-missing", f"more than half of the samples are missing in lead {lost}"
-                )
+                refusal = Refused("mostly-missing", f"more than half of the samples are missing in lead {lost}")
                 continue
             dead = [e for e in events[b] if e.bit == Quality.DEAD_LEAD]
             piece = y[b, :, offset : offset + n]

@@ -165,9 +165,7 @@ def _diagnose(path: Path, lines: list[str], multi: bool, error: Exception) -> Re
     if multi:
         for segment in (line.split()[0] for line in lines[1:]):
             if segment != "~" and not (path.parent / f"{segment}.hea").is_file():
-                return Refused(
-                    "missing-signal-file", f"{path}.hea names segment {segment!r}, which is not there"
-                )
+                return Refused("missing-signal-file", f"{path}.hea names segment {segment!r}, which is not there")
     elif not record.n_sig:
         return Refused("no-signals", f"{path}.hea describes no signals")
     else:
@@ -246,11 +244,7 @@ def _scales(header: Path, record: Any, names: tuple[str, ...], lines: list[str])
     for i, (name, unit) in enumerate(zip(names, record.units, strict=True)):
         given = str(unit or "mV")
         # wfdb reads ASCII and drops the rest, so microvolt spelled with a Greek letter arrives as volt.
-        if (
-            given.casefold() == "v"
-            and i + 1 < len(lines)
-            and re.search(r"/[µμ]v\b", lines[i + 1], re.IGNORECASE)
-        ):
+        if given.casefold() == "v" and i + 1 < len(lines) and re.search(r"/[µμ]v\b", lines[i + 1], re.IGNORECASE):
             given = "uV"
         factor = _MILLIVOLT.get(given.casefold())
         if factor is None:

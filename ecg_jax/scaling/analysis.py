@@ -40,9 +40,7 @@ class Options:
             if value in later:
                 raise UsageError(f"--{name} {value} is not there yet; now: {', '.join(known)}")
             if value not in known:
-                raise UsageError(
-                    f"--{name} {value!r} is none of {', '.join(known)}{did_you_mean(value, known)}"
-                )
+                raise UsageError(f"--{name} {value!r} is none of {', '.join(known)}{did_you_mean(value, known)}")
         if self.delta is not None and not (self.loss == "log-huber" and 0 < self.delta < np.inf):
             raise UsageError("--delta must be positive and goes with --loss log-huber only")
         if not (self.bootstrap == 0 or 50 <= self.bootstrap <= 1_000_000):
@@ -119,9 +117,7 @@ def analyse(runs: RunSet, options: Options, noise: SeedNoise | None) -> LawResul
         return LawResult(runs, None, None, None, {}, refused, noise, None, ())
     conditions = identify.design_conditions(runs, law)
     if any(c.ok is False for c in conditions):
-        return LawResult(
-            runs, law, None, None, {}, identify.Identification(tuple(conditions)), noise, None, ()
-        )
+        return LawResult(runs, law, None, None, {}, identify.Identification(tuple(conditions)), noise, None, ())
     fitted = _fit(runs, law, options, noise)
     conditions += identify.loss_conditions(runs, fitted, noise)
     drawn, ends = None, {}
@@ -142,9 +138,7 @@ def analyse(runs: RunSet, options: Options, noise: SeedNoise | None) -> LawResul
     )  # fmt: skip
 
 
-def _fit(
-    runs: RunSet, law: laws.Law, options: Options, noise: SeedNoise | None, loss: str | None = None
-) -> Fit:
+def _fit(runs: RunSet, law: laws.Law, options: Options, noise: SeedNoise | None, loss: str | None = None) -> Fit:
     loss = loss or options.loss
     return fit_law(
         law,

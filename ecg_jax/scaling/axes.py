@@ -79,9 +79,7 @@ def log_ticks(low: float, high: float) -> np.ndarray:
     return best
 
 
-def dress(
-    ax, x: np.ndarray, y: np.ndarray, x_label: str, *, loss_on_x: bool = False, decades: bool = False
-) -> None:
+def dress(ax, x: np.ndarray, y: np.ndarray, x_label: str, *, loss_on_x: bool = False, decades: bool = False) -> None:
     """Log-log axes around the data x and y (> 0), with ticks at the sizes themselves where those are few."""
     ax.set_xscale("log")
     ax.set_yscale("log")

@@ -100,9 +100,7 @@ def draw(
     bounds = fit.law.bounds(y)
     replicates = max(len(np.atleast_2d(target)), len(np.atleast_2d(weights)))
     begin = np.maximum(np.repeat(fit.theta[None], replicates, axis=0), bounds.low)
-    begin[:, : fit.law.n_terms] = np.maximum(
-        begin[:, : fit.law.n_terms], bounds.low[0] + 18.0
-    )  # leave zero again
+    begin[:, : fit.law.n_terms] = np.maximum(begin[:, : fit.law.n_terms], bounds.low[0] + 18.0)  # leave zero again
     criterion = fit.criterion()
     solved = minimise(fit.law, z, target, weights, begin, bounds, criterion, max_iter=PATIENCE)
     theta = solved.theta

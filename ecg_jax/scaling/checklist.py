@@ -19,9 +19,7 @@ def render(table: Table, results: Sequence[LawResult], options: Options, version
     yield page.definitions(_items(table, results, options, version))
 
 
-def _items(
-    table: Table, results: Sequence[LawResult], options: Options, version: str
-) -> Iterator[tuple[str, str]]:
+def _items(table: Table, results: Sequence[LawResult], options: Options, version: str) -> Iterator[tuple[str, str]]:
     fitted = [r for r in results if r.fit]
     yield "Sources", _sources(table)
     yield "Rows", _rows(table, results)
@@ -151,8 +149,7 @@ def _intervals(fitted: Sequence[LawResult], options: Options) -> str:
         return "none were asked for (--bootstrap 0)"
     words = {
         "wild": "wild bootstrap by configuration with leverage correction, robust standard deviation times t",
-        "case": f"case bootstrap by configuration, percentiles ({bootstrap.SMALL_DESIGN} configurations "
-        f"or more)",
+        "case": f"case bootstrap by configuration, percentiles ({bootstrap.SMALL_DESIGN} configurations or more)",
     }
     text = "; ".join(f"{words[k]} ({n} fits)" for k, n in kinds.items())
     rechecked = sum(r.draws.rechecked for r in fitted if r.draws)
@@ -169,9 +166,6 @@ def _tuning(table: Table) -> str:
     rates = {r["lr"] for r in table.rows if r["lr"] is not None}
     if not trials and not rates:
         return (
-            "the log states no trials and no learning rates: whether families were tuned alike "
-            "cannot be seen from it"
+            "the log states no trials and no learning rates: whether families were tuned alike cannot be seen from it"
         )
-    return (
-        f"different learning rates in the log: {len(rates)}, trial numbers: {len(trials)}; not corrected for"
-    )
+    return f"different learning rates in the log: {len(rates)}, trial numbers: {len(trials)}; not corrected for"

@@ -51,9 +51,7 @@ def law_json(result: LawResult, options: Options) -> dict[str, Any]:
         "objective": fit.objective if fit else None,
         "parameters": fit.parameters if fit else dict.fromkeys(names),
         "standard_errors": {k: result.intervals[k].sd if k in result.intervals else None for k in names},
-        "intervals": {
-            k: result.intervals[k].pair() if k in result.intervals else [None, None] for k in names
-        },
+        "intervals": {k: result.intervals[k].pair() if k in result.intervals else [None, None] for k in names},
         "level": options.level,
         "interval_method": intervals.method_of(result.draws) if result.draws else None,
         "bootstrap": _bootstrap_json(result, options),
@@ -101,9 +99,7 @@ def multiplier_json(multiplier: Multiplier) -> dict[str, Any]:
     return clean(asdict(multiplier) | {"interval": list(multiplier.interval)})
 
 
-def predictions(
-    path: Path, results: Sequence[LawResult], columns: Mapping[str, str], options: Options
-) -> str:
+def predictions(path: Path, results: Sequence[LawResult], columns: Mapping[str, str], options: Options) -> str:
     """CSV text: each row of the table at `path` with the value each matching law predicts.
 
     A row belongs to the laws whose architecture, paradigm, input, dataset, task and domain equal those that
@@ -157,9 +153,7 @@ def _predict(result: LawResult, row: Mapping[str, Any], where: str, options: Opt
     reach = noise * intervals.t_quantile(0.5 + options.level / 2, result.df)
     down = math.hypot(math.log(predicted / low) if low > 0 else math.inf, reach)
     up = math.hypot(math.log(high / predicted), reach)
-    return iter(
-        [predicted, predicted * math.exp(-down), predicted * math.exp(up), low, high, result.identified]
-    )
+    return iter([predicted, predicted * math.exp(-down), predicted * math.exp(up), low, high, result.identified])
 
 
 def clean(value: Any) -> Any:

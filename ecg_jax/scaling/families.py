@@ -88,10 +88,7 @@ class RunSet:
     def only(self, rows: np.ndarray) -> "RunSet":
         """The same set with a boolean or integer selection of rows."""
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
-        arrays = {
-            f: getattr(self, f)[rows]
-            for f in ("n_params", "n_records", "loss", "converged", "floor", "prior")
-        }
+        arrays = {f: getattr(self, f)[rows] for f in ("n_params", "n_records", "loss", "converged", "floor", "prior")}
         words = {f: tuple(getattr(self, f)[i] for i in rows) for f in ("runs", "status", "folders")}
         return replace(self, **arrays, **words)
 

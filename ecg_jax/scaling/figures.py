@@ -130,9 +130,7 @@ def _law_panel(ax, result: LawResult, v: str, level: float, *, reference: float)
         if result.draws is not None:
             low, high = (end - reference for end in intervals.band(result.fit, result.draws, at, level=level))
             floor = 0.5 * seen[0].min() if len(seen[0]) else 1e-9
-            ax.fill_between(
-                grid, np.maximum(low, floor), np.maximum(high, floor), color=colour, alpha=0.13, lw=0
-            )
+            ax.fill_between(grid, np.maximum(low, floor), np.maximum(high, floor), color=colour, alpha=0.13, lw=0)
         seen.append(curve[curve > 0])
     spread = np.concatenate(seen)
     dress(ax, x, spread if len(spread) else np.array([1.0]), "parameters N" if v == "N" else "records D")
@@ -164,9 +162,7 @@ def _transfers(results: Sequence[LawResult], names: set[str]) -> list[Drawing]:
         rows = [i for i, run in enumerate(r.runs.runs) if run in loss_of]
         if len(rows) > 2:
             pairs = np.array([loss_of[r.runs.runs[i]] for i in rows]), r.runs.loss[rows]
-            figures.setdefault((key.paradigm, key.input), {}).setdefault(key.measured, []).append(
-                (key, *pairs)
-            )
+            figures.setdefault((key.paradigm, key.input), {}).setdefault(key.measured, []).append((key, *pairs))
     out = []
     for (paradigm, given), tasks in figures.items():
         panels = []
@@ -191,14 +187,9 @@ def _transfers(results: Sequence[LawResult], names: set[str]) -> list[Drawing]:
             ax.set_ylabel("OOD loss (nats)")
             key = families[0][0]
             ax.set_title(f"{key.dataset} {key.task}, {key.domain.replace('_', ' ')}", loc="left", pad=20)
-            ax.legend(
-                ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0), handlelength=0.8, borderaxespad=0.2
-            )
+            ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0), handlelength=0.8, borderaxespad=0.2)
             panels.append(_svg(figure, f"{name}-{i}"))
-        caption = (
-            f"OOD loss against ID loss of the same run, paradigm {paradigm}, input {given}. Every "
-            f"point is a run."
-        )
+        caption = f"OOD loss against ID loss of the same run, paradigm {paradigm}, input {given}. Every point is a run."
         out.append(Drawing(name, "transfer", caption, tuple(panels), _side_by_side(panels)))
     return out
 
@@ -236,14 +227,9 @@ def _trajectories(runs: Sequence[Trajectory], names: set[str]) -> list[Drawing]:
             dress(ax, x[np.isfinite(x)], y[np.isfinite(y)], "step", decades=True)
             ax.set_ylabel("loss (nats)")
             ax.set_title(f"N {numbers.count(size)}", loc="left", pad=20)
-            ax.legend(
-                ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0), handlelength=1.2, borderaxespad=0.2
-            )
+            ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0), handlelength=1.2, borderaxespad=0.2)
             panels.append(_svg(figure, f"{name}-{size:.0f}"))
-        caption = (
-            f"{' / '.join(family)}: validation loss (thick) and training loss (thin) of every run "
-            f"against step."
-        )
+        caption = f"{' / '.join(family)}: validation loss (thick) and training loss (thin) of every run against step."
         out.append(Drawing(name, "trajectory", caption, tuple(panels), _side_by_side(panels)))
     return out
 

@@ -56,9 +56,7 @@ def fit(
         raise UsageError(f"{out} is a file; give a folder for the report")
     if predict is not None and not Path(predict).is_file():
         raise DataError(f"{predict}: no such file (--predict)")
-    read = table.read(
-        [paths] if isinstance(paths, str | Path) else paths, columns=columns, melt=melt, metric=metric
-    )
+    read = table.read([paths] if isinstance(paths, str | Path) else paths, columns=columns, melt=melt, metric=metric)
     sets = families.group(read)
     results = [analyse(s, options, noise_for(s, sets)) for s in track(sets, "laws", unit="fits")]
     compared = multipliers.compare_all(results, level=level)
@@ -131,18 +129,13 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
         name = " / ".join(law[f] for f in ("architecture", "paradigm", "input"))
         what = f"{name}, {law['dataset']} {law['task']} {law['domain']}"
         if law["identified"]:
-            shown = (
-                _ends(k, law["parameters"][k], law["intervals"][k])
-                for k in law["parameters"]
-                if k not in "AB"
-            )
+            shown = (_ends(k, law["parameters"][k], law["intervals"][k]) for k in law["parameters"] if k not in "AB")
             lines.append(f"{what}: {law['formula']}; " + ", ".join(shown))
         else:
             lines.append(f"{what}: law not identified")
         for c in law["identification"]:
             lines.append(
-                f"    {'fails' if c['ok'] is False else 'holds' if c['ok'] else 'open '}  {c['name']}: "
-                f"{c['text']}"
+                f"    {'fails' if c['ok'] is False else 'holds' if c['ok'] else 'open '}  {c['name']}: {c['text']}"
             )
     for m in result["multipliers"]:
         if m["identified"] and m["value"] is not None:
@@ -177,11 +170,7 @@ def _write(out: Path, texts: Mapping[str, str]) -> None:
             part.write_text(text, encoding="utf-8")
             os.replace(part, out / name)
         for name in old:
-            if (
-                isinstance(name, str)
-                and name not in texts
-                and (out / name).resolve().is_relative_to(out.resolve())
-            ):
+            if isinstance(name, str) and name not in texts and (out / name).resolve().is_relative_to(out.resolve()):
                 (out / name).unlink(missing_ok=True)
     except OSError as err:
         raise MachineError(f"{out}: cannot write the report: {err.strerror}") from err

@@ -27,9 +27,7 @@ LEAST_RATIO = 1.5
 LEAST_FALL = {"D": 0.30, "N": 0.15}
 SEED_SDS = 4.0
 LEAST_SIZES = 3
-GRID_SHARE = (
-    0.6  # of a variable's values that must be present at the largest other one to read the fall off the runs
-)
+GRID_SHARE = 0.6  # of a variable's values that must be present at the largest other one to read the fall off the runs
 
 
 @dataclass(frozen=True)
@@ -96,17 +94,13 @@ def loss_conditions(runs: RunSet, fit: Fit, noise: SeedNoise | None) -> list[Con
 def _learning(runs: RunSet) -> Condition:
     prior = runs.prior[np.isfinite(runs.prior)]
     if not len(prior):
-        return Condition(
-            "learning", None, "the log does not state the constant predictor's loss (column prior)"
-        )
+        return Condition("learning", None, "the log does not state the constant predictor's loss (column prior)")
     ratio = float(np.median(prior) / runs.loss.min())
     text = f"constant predictor {np.median(prior):.4g} over best loss {runs.loss.min():.4g} = {ratio:.2f}"
     return Condition("learning", ratio >= LEAST_RATIO, f"{text} (at least {LEAST_RATIO})", ratio, LEAST_RATIO)
 
 
-def _fall(
-    runs: RunSet, fit: Fit, noise: SeedNoise | None, v: str, reference: float, *, known: bool
-) -> Condition:
+def _fall(runs: RunSet, fit: Fit, noise: SeedNoise | None, v: str, reference: float, *, known: bool) -> Condition:
     moving, fixed = (runs.n_records, runs.n_params) if v == "D" else (runs.n_params, runs.n_records)
     other = "N" if v == "D" else "D"
     at = fixed == fixed.max()
@@ -130,10 +124,7 @@ def _fall(
     share = drop / float(first - reference)
     enough = share >= LEAST_FALL[v]
     clear = drop > SEED_SDS * sd
-    text = (
-        f"excess over the {what} falls by {100 * share:.0f} %{where}{how} (at least "
-        f"{100 * LEAST_FALL[v]:.0f} %)"
-    )
+    text = f"excess over the {what} falls by {100 * share:.0f} %{where}{how} (at least {100 * LEAST_FALL[v]:.0f} %)"
     many = f"{drop / sd:.1f}" if sd > 1e-12 * first else "very many"
     text += f", by {many} {source} SDs (more than {SEED_SDS:.0f})"
     return Condition(f"over {v}", bool(enough and clear), text, share, LEAST_FALL[v])
@@ -142,9 +133,7 @@ def _fall(
 def _spread(runs: RunSet, fit: Fit, noise: SeedNoise | None) -> tuple[float, str]:
     if noise is not None:
         return noise.absolute, "seed"
-    return residual_sd(fit) * (
-        float(np.median(runs.loss)) if fit.logarithmic else 1.0
-    ), "residual (no repeated seeds)"
+    return residual_sd(fit) * (float(np.median(runs.loss)) if fit.logarithmic else 1.0), "residual (no repeated seeds)"
 
 
 def residual_sd(fit: Fit) -> float:

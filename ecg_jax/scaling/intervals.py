@@ -99,9 +99,7 @@ def parameter_intervals(fit: Fit, draws: Draws, *, level: float) -> dict[str, In
         values, estimate = parameter_draws(fit, draws, j), float(fit.raw[j])
         if name in ("A", "B") and estimate > 0:
             with np.errstate(divide="ignore"):
-                found = interval(
-                    np.log(estimate), np.log(values), level=level, method=method_of(draws), df=df
-                )
+                found = interval(np.log(estimate), np.log(values), level=level, method=method_of(draws), df=df)
             low = 0.0 if found.low is None else float(np.exp(found.low))
             with np.errstate(over="ignore"):
                 high = None if found.high is None else _finite(float(np.exp(found.high)))

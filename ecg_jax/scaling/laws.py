@@ -102,9 +102,7 @@ class Law:
         out = np.array(theta, float)
         t = self.n_terms
         out[..., self.floor : t] += theta[..., t:] * centre_V
-        with np.errstate(
-            over="ignore"
-        ):  # A = infinity is a truthful answer for an exponent at its upper bound
+        with np.errstate(over="ignore"):  # A = infinity is a truthful answer for an exponent at its upper bound
             out[..., :t] = np.exp(out[..., :t])
         return out
 

@@ -72,19 +72,13 @@ def compare_all(results: Sequence[LawResult], *, level: float) -> list[Multiplie
 def _pairs(results: Sequence[LawResult]) -> Iterator[tuple[LawResult, LawResult]]:
     usable = [r for r in results if r.fit is not None]
     for a, b in combinations(usable, 2):
-        if (
-            a.runs.key.measured != b.runs.key.measured
-            or a.law.name != b.law.name
-            or a.law.variables != b.law.variables
-        ):
+        if a.runs.key.measured != b.runs.key.measured or a.law.name != b.law.name or a.law.variables != b.law.variables:
             continue
         (arch_a, par_a, in_a), (arch_b, par_b, in_b) = a.runs.key.family, b.runs.key.family
         architecture = arch_a != arch_b and par_a == par_b and in_a == in_b
         paradigm = arch_a == arch_b and par_a != par_b and in_a == in_b and a.runs.key.domain != "id"
         if architecture or paradigm:
-            yield (
-                (a, b) if (arch_a, par_b) < (arch_b, par_a) else (b, a)
-            )  # resnet before transformer, SSL before SL
+            yield ((a, b) if (arch_a, par_b) < (arch_b, par_a) else (b, a))  # resnet before transformer, SSL before SL
 
 
 def compare(first: LawResult, second: LawResult, *, level: float) -> Iterator[Multiplier]:
@@ -119,10 +113,7 @@ def _equal_loss(first: LawResult, second: LawResult, v: str, level: float) -> Mu
     low, high = max(r[0] for r in ranges), min(r[1] for r in ranges)
     what = "parameters" if v == "N" else "records"
     condition = "".join(f" at {k} = {x:,.0f}" for k, x in at.items())
-    meaning = (
-        f"{what} {_short(second, first)} needs over those {_short(first, second)} needs, at equal "
-        f"loss{condition}"
-    )
+    meaning = f"{what} {_short(second, first)} needs over those {_short(first, second)} needs, at equal loss{condition}"
     if not low < high:
         note = "no loss that both families reach inside their observed sizes"
         return _multiplier(f"M_{v}", second, first, None, None, at, meaning, level, note)
@@ -132,9 +123,9 @@ def _equal_loss(first: LawResult, second: LawResult, v: str, level: float) -> Mu
     draws = None
     if first.draws is not None:
         with np.errstate(invalid="ignore"):
-            draws = (
-                _needed(second, v, losses, at, draws=True) - _needed(first, v, losses, at, draws=True)
-            ).mean(axis=1)
+            draws = (_needed(second, v, losses, at, draws=True) - _needed(first, v, losses, at, draws=True)).mean(
+                axis=1
+            )
     at["ratio at these losses"] = [float(np.exp(point[0])), float(np.exp(point[-1]))]
     return _multiplier(f"M_{v}", second, first, float(point.mean()), draws, at, meaning, level)
 
@@ -158,9 +149,7 @@ def _needed(result: LawResult, v: str, losses: np.ndarray, at: dict, *, draws: b
         rest = rest + np.exp(theta[:, 0])
     for i, u in enumerate(law.variables):
         if u != v:
-            rest = rest + np.exp(
-                theta[:, law.floor + i] - theta[:, law.n_terms + i] * (np.log(at[u]) - fit.centre[i])
-            )
+            rest = rest + np.exp(theta[:, law.floor + i] - theta[:, law.n_terms + i] * (np.log(at[u]) - fit.centre[i]))
     i = law.variables.index(v)
     left = losses[None] - rest[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):

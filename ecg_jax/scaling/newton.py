@@ -17,9 +17,7 @@ import numpy as np
 from ecg_jax.scaling.laws import Bounds, Law
 
 CHUNK = 256  # replicates at a time: the working set of one chunk stays in cache
-LONGEST_STEP = (
-    3.0  # in log amplitudes; a third of it in exponents would never be felt, they are scaled together
-)
+LONGEST_STEP = 3.0  # in log amplitudes; a third of it in exponents would never be felt, they are scaled together
 CALM = 1e-9  # relative Newton decrement below which only polishing is left
 
 
@@ -168,9 +166,7 @@ def _evaluate(law: Law, z, target, weights, theta, criterion: Criterion) -> _Sta
     hessian = (jac * bend[:, None]) @ jac.transpose(0, 2, 1)
     hessian += law.curvature(terms, z, curvature_weight)
     # Largest possible gradient for residuals of this size: the denominators of the cosine test.
-    norm = np.sqrt(
-        (weights * slope * slope * np.maximum(size, 1.0) if huber else weights * slope * slope).sum(1)
-    )
+    norm = np.sqrt((weights * slope * slope * np.maximum(size, 1.0) if huber else weights * slope * slope).sum(1))
     scale = np.sqrt(((jac * jac) * metric[:, None]).sum(axis=2)) / delta
     gradient = (jac * pull[:, None]).sum(axis=2)
     return _State(theta, (weights * value).sum(axis=1), gradient, hessian, scale, norm)

@@ -58,9 +58,7 @@ def _body(study: Study) -> Iterator[str]:
         sections.append(("trajectories", "Loss against step", _trajectories))
     if study.predicted:
         sections.append(("predictions", "Predictions", _predictions))
-    sections.append(
-        ("done", "What was done", lambda s: checklist.render(s.table, s.results, s.options, s.version))
-    )
+    sections.append(("done", "What was done", lambda s: checklist.render(s.table, s.results, s.options, s.version)))
     yield "<nav>" + "".join(f'<a href="#{a}">{t}</a>' for a, t, _ in sections) + "</nav>"
     for anchor, title, make in sections:
         yield f'<h2 id="{anchor}">{title}</h2>'
@@ -103,8 +101,7 @@ def _task(runs: RunSet) -> str:
     more += f", {100 * key.label_fraction:g} % of the labels" if key.label_fraction != 1 else ""
     more += f", {key.metric}" if key.metric not in ("bce", "loss", "ce") else ""
     return escape(
-        f"{key.dataset} {key.task}, "
-        f"{key.domain.replace('_', ' ').replace('ood', 'OOD').replace('id', 'ID')}{more}"
+        f"{key.dataset} {key.task}, {key.domain.replace('_', ' ').replace('ood', 'OOD').replace('id', 'ID')}{more}"
     )
 
 
@@ -201,13 +198,9 @@ def _parameters(r: LawResult, options: Options) -> str:
         if log_draws is not None:
             from ecg_jax.scaling.intervals import interval, method_of
 
-            got = interval(
-                float(np.log(share)), log_draws, level=options.level, method=method_of(r.draws), df=r.df
-            )
+            got = interval(float(np.log(share)), log_draws, level=options.level, method=method_of(r.draws), df=r.df)
             ends = numbers.interval([None if e is None else float(np.exp(e)) for e in got.pair()])
-        rows.append(
-            [f"excess that {v} leaves at {v} = {numbers.count(centre)}", numbers.short(share, 4), ends]
-        )
+        rows.append([f"excess that {v} leaves at {v} = {numbers.count(centre)}", numbers.short(share, 4), ends])
     return page.table(["Parameter", "Estimate", f"{100 * options.level:g} % interval"], rows)
 
 
@@ -220,8 +213,7 @@ def _quality(r: LawResult) -> str:
     if r.noise:
         pooled = f" pooled over {r.noise.pooled_over} families" if r.noise.pooled_over > 1 else ""
         words.append(
-            f"repeated seeds differ by {numbers.percent(r.noise.log)} ({r.noise.df} degrees of "
-            f"freedom{pooled})"
+            f"repeated seeds differ by {numbers.percent(r.noise.log)} ({r.noise.df} degrees of freedom{pooled})"
         )
     agree = f"{c.starts_agreeing} of {c.starts} starts reached this optimum"
     gap = (
@@ -243,9 +235,7 @@ def _quality(r: LawResult) -> str:
         words.append("too few sizes to hold the largest runs out")
     if not r.runs.converged.all():
         flagged = [f"{n} ({s})" for n, s in zip(r.runs.runs, r.runs.status, strict=True) if s != "done"]
-        words.append(
-            f"kept though flagged: {escape(', '.join(flagged[:8]))}{' and more' if len(flagged) > 8 else ''}"
-        )
+        words.append(f"kept though flagged: {escape(', '.join(flagged[:8]))}{' and more' if len(flagged) > 8 else ''}")
     return ". ".join(w[0].upper() + w[1:] if w[0] != "<" else w for w in words) + "."
 
 
@@ -291,9 +281,7 @@ def _multiplier_row(m: Multiplier) -> list[str]:
     kind, v = m.kind.split("_")
     row = [
         f"<i>{'ρ' if kind == 'rho' else 'M'}</i><sub>{v}</sub> <small>{escape(m.meaning)}</small>",
-        escape(
-            f"{m.dataset} {m.task}, {m.domain.replace('_', ' ').replace('ood', 'OOD').replace('id', 'ID')}"
-        ),
+        escape(f"{m.dataset} {m.task}, {m.domain.replace('_', ' ').replace('ood', 'OOD').replace('id', 'ID')}"),
     ]
     if not m.identified:
         return [
@@ -309,9 +297,7 @@ def _multiplier_row(m: Multiplier) -> list[str]:
             f"{numbers.interval(m.at['loss'])}<small>ratio there {numbers.short(drift[0])} and "
             f"{numbers.short(drift[1])}</small>"
         )
-    share = (
-        f"<small>{numbers.percent(m.infinite_draws)} of draws infinite</small>" if m.infinite_draws else ""
-    )
+    share = f"<small>{numbers.percent(m.infinite_draws)} of draws infinite</small>" if m.infinite_draws else ""
     return [
         *row,
         numbers.short(m.value),
@@ -345,9 +331,7 @@ def _predictions(study: Study, most: int = 40) -> Iterator[str]:
     for row in rows[:most]:
         who = escape(" / ".join(row[f] for f in ("architecture", "paradigm", "input")))
         task = escape(f"{row['dataset']} {row['task']} {row['domain']}")
-        size = [
-            numbers.count(float(row[f])) if row.get(f) else numbers.DASH for f in ("n_params", "n_records")
-        ]
+        size = [numbers.count(float(row[f])) if row.get(f) else numbers.DASH for f in ("n_params", "n_records")]
         if row["identified"] == "True":
             ends = [float(row[f]) if row[f] else None for f in ("low", "high")]
             value = [numbers.short(float(row["predicted"]), 4), numbers.interval(ends, 4)]

@@ -34,9 +34,7 @@ HUBER_TUNING = 1.345  # 95 % efficiency at the normal
 class Certificate:
     """How far one may trust that the optimum was found and is one."""
 
-    scaled_gradient: (
-        float  # largest cosine between a column of the Jacobian and the residuals; 0 at an optimum
-    )
+    scaled_gradient: float  # largest cosine between a column of the Jacobian and the residuals; 0 at an optimum
     smallest_curvature: float  # smallest eigenvalue of the Hessian scaled to unit diagonal; <= 0: no minimum
     starts: int
     starts_agreeing: int
@@ -162,9 +160,7 @@ def _fit_lad(law, z, y, centre, weights, begin, bounds, sigma) -> Fit:
     return replace(fit, objective=float(np.abs(fit.residuals) @ weights))
 
 
-def _vertex(
-    law: Law, z: np.ndarray, target: np.ndarray, theta: np.ndarray, distance: np.ndarray
-) -> np.ndarray:
+def _vertex(law: Law, z: np.ndarray, target: np.ndarray, theta: np.ndarray, distance: np.ndarray) -> np.ndarray:
     """The law through the P points it almost passes through (an L1 optimum is such a vertex)."""
     rows = np.argsort(distance)[: law.size]
     for _ in range(20):
@@ -190,9 +186,7 @@ def _collect(law, z, target, weights, centre, begin, solved, bounds, criterion, 
     residual = np.log(pred) - target if criterion.logarithmic else pred - target
     scale = criterion.delta**2 if np.isfinite(criterion.delta) else 2.0
     gap = solved.objective / max(solved.objective[best], 1e-300) - 1.0
-    noiseless = np.sqrt(np.mean(residual**2)) < 1e-12 * (
-        1.0 if criterion.logarithmic else np.abs(target).max()
-    )
+    noiseless = np.sqrt(np.mean(residual**2)) < 1e-12 * (1.0 if criterion.logarithmic else np.abs(target).max())
     tol = np.inf if noiseless else 1e-7
     other = gap[(gap > max(tol, 1e-7)) & solved.converged]
     certificate = Certificate(
@@ -219,9 +213,7 @@ def _collect(law, z, target, weights, centre, begin, solved, bounds, criterion, 
     )
 
 
-def _leverage(
-    law: Law, z: np.ndarray, theta: np.ndarray, weights: np.ndarray, logarithmic: bool
-) -> np.ndarray:
+def _leverage(law: Law, z: np.ndarray, theta: np.ndarray, weights: np.ndarray, logarithmic: bool) -> np.ndarray:
     """Diagonal of the hat matrix of the linearised fit, [n], in [0, 1]."""
     terms = law.terms(theta[None], z)
     jac = law.jacobian(terms, z)[0].T

@@ -17,9 +17,7 @@ from ecg_jax.scaling.laws import Law
 
 EXPONENTS = np.geomspace(0.02, 4.0, 16)
 EXPONENTS_1D = np.geomspace(0.01, 8.0, 48)
-SMALL_SHARE = (
-    1e-3  # an amplitude found to be zero starts at this share of the smallest loss: Newton needs a slope
-)
+SMALL_SHARE = 1e-3  # an amplitude found to be zero starts at this share of the smallest loss: Newton needs a slope
 
 
 def grid_starts(
@@ -28,9 +26,7 @@ def grid_starts(
     """The `count` best grid points that are not neighbours, centred parameters [count, P], best first."""
     axes = [EXPONENTS if len(law.variables) > 1 else EXPONENTS_1D] * len(law.variables)
     exponents = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(axes))
-    index = np.stack(np.meshgrid(*(range(len(a)) for a in axes), indexing="ij"), axis=-1).reshape(
-        -1, len(axes)
-    )
+    index = np.stack(np.meshgrid(*(range(len(a)) for a in axes), indexing="ij"), axis=-1).reshape(-1, len(axes))
     basis = np.exp(-exponents[:, :, None] * z_nxV.T[None])  # [G, V, n]
     if law.floor:
         basis = np.concatenate([np.ones((len(basis), 1, len(y_n))), basis], axis=1)

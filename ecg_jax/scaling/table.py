@@ -122,8 +122,7 @@ def find_sources(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
             logs = sorted(path.rglob("evals.jsonl"))
             if not logs:
                 raise DataError(
-                    f"{path}: no evals.jsonl in it or below it; give an eval log or run folders that "
-                    f"were probed"
+                    f"{path}: no evals.jsonl in it or below it; give an eval log or run folders that were probed"
                 )
             files += logs
             runs += [log.parent for log in logs]
@@ -156,9 +155,7 @@ def read(
     known = (*REQUIRED, *DEFAULTS, *CARRIED)
     for name in columns:
         if name not in known:
-            raise UsageError(
-                f"--columns {name}=...: no such column of an eval log{did_you_mean(name, known)}"
-            )
+            raise UsageError(f"--columns {name}=...: no such column of an eval log{did_you_mean(name, known)}")
     files, runs = find_sources(paths)
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -175,9 +172,7 @@ def read(
             else:
                 rows.append(_checked(row, where) | {"_file": file})
     if not total:
-        raise DataError(
-            f"{files[0]}: no rows" + (f" (nor in {len(files) - 1} other files)" if len(files) > 1 else "")
-        )
+        raise DataError(f"{files[0]}: no rows" + (f" (nor in {len(files) - 1} other files)" if len(files) > 1 else ""))
     if not rows:
         reasons = "; ".join(f"{n} x {reason}" for reason, n in left_out.items())
         raise DataError(f"{files[0]}: none of the {total} rows can be fitted: {reasons}")
@@ -215,9 +210,7 @@ def raw_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as err:
-                raise DataError(
-                    f"{file}, line {number}: no JSON object ({err.msg}); delete or mend the line"
-                ) from None
+                raise DataError(f"{file}, line {number}: no JSON object ({err.msg}); delete or mend the line") from None
             if not isinstance(record, dict):
                 raise DataError(f"{file}, line {number}: a JSON {type(record).__name__}, not an object")
             yield number, record
@@ -232,9 +225,7 @@ def raw_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     reader.fieldnames = names
     for record in reader:
         if None in record or None in record.values():
-            raise DataError(
-                f"{file}, line {reader.line_num}: the header has {len(names)} columns, this row has not"
-            )
+            raise DataError(f"{file}, line {reader.line_num}: the header has {len(names)} columns, this row has not")
         yield reader.line_num, {k: v if v.strip() else None for k, v in record.items()}
 
 
@@ -309,8 +300,7 @@ def _checked(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, words in WORDS.items():
         if out[name] not in words:
             raise DataError(
-                f"{where}: {name} {out[name]!r} is none of "
-                f"{', '.join(words)}{did_you_mean(str(out[name]), words)}"
+                f"{where}: {name} {out[name]!r} is none of {', '.join(words)}{did_you_mean(str(out[name]), words)}"
             )
     for name in (
         "run",
@@ -344,9 +334,7 @@ def plain_number(value: Any, name: str, where: str) -> float:
             raise ValueError
         return float(value)
     except (TypeError, ValueError):
-        raise DataError(
-            f"{where}: {name} is no number: {value!r}; write plain digits, without units"
-        ) from None
+        raise DataError(f"{where}: {name} is no number: {value!r}; write plain digits, without units") from None
 
 
 def _refuse_duplicates(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -65,9 +65,7 @@ class DataFolder:
     def shards(self, split: str) -> list[Shard]:
         """The shards of `split` by number. Raises DataError where the folder has no such split."""
         if split not in self.splits:
-            counts = ", ".join(
-                f"{name} ({found['records']} records)" for name, found in self.card["splits"].items()
-            )
+            counts = ", ".join(f"{name} ({found['records']} records)" for name, found in self.card["splits"].items())
             raise DataError(f"{self.path}: has no split {split!r}, only {counts}")
         fields = ("number", "records", "bytes", "sha256", "index_sha256")
         mine = [file for file in self.card["files"] if file["split"] == split]
@@ -82,9 +80,7 @@ class DataFolder:
         tasks = self.card["tasks"]
         if task not in tasks:
             known = ", ".join(tasks) or "none"
-            raise DataError(
-                f"{self.path}: has no task {task!r}{did_you_mean(task, list(tasks))}; its tasks: {known}"
-            )
+            raise DataError(f"{self.path}: has no task {task!r}{did_you_mean(task, list(tasks))}; its tasks: {known}")
         return tuple(tasks[task])
 
     def signatures(self) -> np.ndarray:
@@ -108,9 +104,7 @@ def open_folder(path: Path) -> DataFolder:
     except OSError as error:
         raise DataError(f"{folder / CARD}: {error.strerror}") from None
     if card.get("format") != CARD_FORMAT:
-        raise DataError(
-            f"{folder}: card format {card.get('format')}, this release reads {CARD_FORMAT}: convert again"
-        )
+        raise DataError(f"{folder}: card format {card.get('format')}, this release reads {CARD_FORMAT}: convert again")
     return DataFolder(folder, card)
 
 
@@ -127,9 +121,7 @@ def _descend(path: Path) -> Path:
             f"{begun[0]}: has no {CARD}, its conversion did not finish: run the same command again to finish "
             f"it (`ecg-jax convert {name} --source ... --out {out}`)"
         )
-    raise DataError(
-        f"{path}: is no data folder (no {CARD}); name OUT/<name>/<version> of an `ecg-jax convert`"
-    )
+    raise DataError(f"{path}: is no data folder (no {CARD}); name OUT/<name>/<version> of an `ecg-jax convert`")
 
 
 def _below(path: Path, name: str) -> Iterable[Path]:
@@ -154,9 +146,7 @@ class Subset:
         if not 0 <= self.offset < 1:
             raise UsageError(f"subset offset {self.offset}: must be in [0, 1)")
         if self.records is not None and (self.records < 1 or self.fraction != 1):
-            raise UsageError(
-                f"subset records {self.records}: must be at least 1, and not given beside a fraction"
-            )
+            raise UsageError(f"subset records {self.records}: must be at least 1, and not given beside a fraction")
 
 
 WHOLE = Subset()

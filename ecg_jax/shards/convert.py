@@ -122,16 +122,12 @@ def _job(
     if windows not in ("all", "first"):
         raise UsageError(f"--windows {windows}: known are all, first")
     if not re.fullmatch(r"[a-z][a-z0-9_-]*", source.name):
-        raise UsageError(
-            f"data set name {source.name!r}: use small letters, digits, '-' and '_', a letter first"
-        )
+        raise UsageError(f"data set name {source.name!r}: use small letters, digits, '-' and '_', a letter first")
     if not re.fullmatch(r"\d+\.\d+\.\d+", source.version):
         raise UsageError(f"version {source.version!r} of {source.name}: must look like 1.0.0")
     for task, names in source.tasks.items():
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", task) or not names or len(set(names)) < len(names):
-            raise DataError(
-                f"{source.name}: task {task!r} needs a plain name and label names that differ: {names}"
-            )
+            raise DataError(f"{source.name}: task {task!r} needs a plain name and label names that differ: {names}")
     return Job(
         source=replace(source, items=()),
         folder=out / source.name / source.version,
@@ -152,9 +148,7 @@ def _items(source: Source, limit: int | None) -> Sequence[Item]:
     seen: set[str] = set()
     for item in items:
         if item.record_id in seen:
-            raise DataError(
-                f"{source.name}: record id {item.record_id!r} is listed twice: ids must be unique"
-            )
+            raise DataError(f"{source.name}: record id {item.record_id!r} is listed twice: ids must be unique")
         seen.add(item.record_id)
     return items
 
@@ -162,9 +156,7 @@ def _items(source: Source, limit: int | None) -> Sequence[Item]:
 # ------------------------------------------------------------------------------------------- what is going on
 
 
-def _identity(
-    job: Job, source: Source, items: Sequence[Item], shards: int | None, limit: int | None
-) -> dict[str, Any]:
+def _identity(job: Job, source: Source, items: Sequence[Item], shards: int | None, limit: int | None) -> dict[str, Any]:
     """Everything that the bytes depend on, by the names that a user knows."""
     listing = hashlib.sha256()
     for item in items:
@@ -244,9 +236,7 @@ def _resume(job: Job, plans: list[ShardPlan], identity: dict[str, Any]) -> set[s
 def _refuse_refusals(folder: Path, names: set[str]) -> None:
     for name in sorted(names):
         for line in (read_state(folder, name) or {}).get("refused", []):
-            raise DataError(
-                f"{folder}: record {line['id']} is refused ({line['reason']}): --strict accepts none"
-            )
+            raise DataError(f"{folder}: record {line['id']} is refused ({line['reason']}): --strict accepts none")
 
 
 def _short(value: Any) -> str:

@@ -64,18 +64,14 @@ def finish(job: Job, plans: Sequence[ShardPlan], identity: dict[str, Any]) -> di
     keep[list(copies)] = False
 
     lines = [
-        line | {"split": plan.split}
-        for plan, state in zip(plans, states, strict=True)
-        for line in state["refused"]
+        line | {"split": plan.split} for plan, state in zip(plans, states, strict=True) for line in state["refused"]
     ]
     for i, first in copies.items():
         detail = f"{rows.record_id[first].decode()}: same content, another patient; the smaller id is kept"
         line = {"id": rows.record_id[i].decode(), "reason": "duplicate-of", "detail": detail}
         lines.append(line | {"split": SPLITS[split[i]]})
     lines.sort(key=lambda line: (line["id"], line["reason"]))
-    write_atomic(
-        job.folder / QUARANTINE, ((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines)
-    )
+    write_atomic(job.folder / QUARANTINE, ((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines))
     signatures = np.unique(rows.signature[keep].view("<u8,<u8").ravel()).view("<u8").reshape(-1, 2)
     _, signatures_digest = write_atomic(job.folder / SIGNATURES, [npy_bytes(signatures)])
 
@@ -150,9 +146,7 @@ def duplicates(rows: Columns) -> dict[int, int]:
         values = rows.signature[:, half]
         order = np.argsort(values, kind="stable")
         values = values[order]
-        start = (
-            np.flatnonzero(np.append(True, values[1:] != values[:-1])) if len(values) else np.zeros(0, int)
-        )
+        start = np.flatnonzero(np.append(True, values[1:] != values[:-1])) if len(values) else np.zeros(0, int)
         length = np.diff(np.append(start, len(values)))
         several = (length > 1) & (values[start] != _SILENT[half])
         for at, n in zip(start[several].tolist(), length[several].tolist(), strict=True):
@@ -176,9 +170,7 @@ def _refuse_empty(job: Job, plans: Sequence[ShardPlan], states: list[dict[str, A
     if not lines:
         raise DataError(f"{job.source.name}: the source lists no recordings")
     reason = {line["id"]: line for line in lines}
-    ids = [
-        job.pseudonyms(i.record_id) if job.pseudonyms else i.record_id for plan in plans for i in plan.items
-    ]
+    ids = [job.pseudonyms(i.record_id) if job.pseudonyms else i.record_id for plan in plans for i in plan.items]
     first = next(reason[i] for i in ids if i in reason)
     raise DataError(
         f"{job.source.name}: all {len(lines)} recordings were refused, the first ({first['id']}) as "
@@ -189,17 +181,13 @@ def _refuse_empty(job: Job, plans: Sequence[ShardPlan], states: list[dict[str, A
 def _refuse_leaks(rows: Columns, split: np.ndarray) -> None:
     ids, count = np.unique(rows.record_id, return_counts=True)
     if (count > 1).any():
-        raise DataError(
-            f"record id {ids[count > 1][0].decode()!r} occurs twice: ids must be unique in a data set"
-        )
+        raise DataError(f"record id {ids[count > 1][0].decode()!r} occurs twice: ids must be unique in a data set")
     for hashes in (rows.group, rows.patient):
         order = np.lexsort((split, hashes))
         same = (hashes[order][1:] == hashes[order][:-1]) & (hashes[order][1:] != 0)
         for i in np.flatnonzero(same & (split[order][1:] != split[order][:-1]))[:1]:
             where = [f"record {rows.record_id[k].decode()} in {SPLITS[split[k]]}" for k in order[i : i + 2]]
-            raise DataError(
-                f"one patient is in two splits: {', '.join(where)}; correct the source's ids or splits"
-            )
+            raise DataError(f"one patient is in two splits: {', '.join(where)}; correct the source's ids or splits")
 
 
 # --------------------------------------------------------------------------------------------------- the card

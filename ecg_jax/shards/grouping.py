@@ -102,9 +102,7 @@ def plan(
     """
     if shards is not None and (shards < LANES or shards % LANES):
         near = max(LANES, round(shards / LANES) * LANES)
-        raise UsageError(
-            f"--shards {shards}: must be a multiple of {LANES} (one lane each), for example {near}"
-        )
+        raise UsageError(f"--shards {shards}: must be a multiple of {LANES} (one lane each), for example {near}")
     official = official_splits(items)
     place: dict[str, tuple[str, int]] = {}
     members: dict[str, list[tuple[int, Item]]] = {split: [] for split in SPLITS}

@@ -15,9 +15,7 @@ from ecg_jax.errors import DataError, UsageError
 from ecg_jax.shards.grouping import LANES
 from ecg_jax.shards.tables import Table
 
-ROUNDS = (
-    8  # of the Feistel network; four are enough for an order that passes for random, and these cost little
-)
+ROUNDS = 8  # of the Feistel network; four are enough for an order that passes for random, and these cost little
 _U = np.uint64
 
 
@@ -35,9 +33,7 @@ def permute(position: np.ndarray, n: np.ndarray | int, key: np.ndarray) -> np.nd
     A Feistel network on the next power of two, walked along its cycle until it is inside [0, n): at most two
     rounds of walking on average. No table, so any position costs the same.
     """
-    position, size, key = np.broadcast_arrays(
-        np.asarray(position, _U), np.asarray(n, _U), np.asarray(key, _U)
-    )
+    position, size, key = np.broadcast_arrays(np.asarray(position, _U), np.asarray(n, _U), np.asarray(key, _U))
     bits = np.frexp((size - _U(1)).astype(np.float64))[1].astype(_U)  # bit length of size - 1
     out = np.empty(position.shape, _U)
     todo = np.ones(position.shape, bool)
@@ -133,6 +129,4 @@ def lane_layout(table: Table, capacity: int | None = None) -> Lanes:
             out[lane, : len(chosen)] = values[chosen]
         return out
 
-    return Lanes(
-        lay(table.signal, 0), lay(table.labels, -1), lay(table.valid, 0), lay(table.record_hash, 0), counts
-    )
+    return Lanes(lay(table.signal, 0), lay(table.labels, -1), lay(table.valid, 0), lay(table.record_hash, 0), counts)

@@ -116,9 +116,7 @@ def _float(value: float) -> bytes:
 def meta_json(meta: Mapping[str, Any]) -> bytes:
     """`meta` as UTF-8 JSON with sorted keys; NumPy numbers and arrays become numbers and lists, NaN becomes
     null."""
-    return json.dumps(
-        _plain(meta), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return json.dumps(_plain(meta), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def _plain(value: Any) -> Any:
@@ -138,9 +136,7 @@ def encode_indexed(p: Prepared, leads: Leads = "12") -> Encoded:
     for a `Prepared` that breaks its own contract (shapes, types, sizes): a bug, not bad data."""
     signal = p.signal
     if signal.shape != (LENGTH, len(LEADS)) or signal.dtype != np.int16:
-        raise ValueError(
-            f"{p.record_id}: signal {signal.dtype} {signal.shape}, not int16 ({LENGTH}, {len(LEADS)})"
-        )
+        raise ValueError(f"{p.record_id}: signal {signal.dtype} {signal.shape}, not int16 ({LENGTH}, {len(LEADS)})")
     if len(p.source) != SOURCE_BYTES or len(p.signature) != SIGNATURE_BYTES:
         raise ValueError(f"{p.record_id}: source of {len(p.source)} bytes, signature of {len(p.signature)}")
     start, length = (int(v) for v in p.valid)
@@ -152,9 +148,7 @@ def encode_indexed(p: Prepared, leads: Leads = "12") -> Encoded:
     for task in sorted(p.labels):
         labels = p.labels[task]
         if labels.ndim != 1 or labels.dtype != np.int8:
-            raise ValueError(
-                f"{p.record_id}: labels {task!r} are {labels.dtype} {labels.shape}, not int8 [K]"
-            )
+            raise ValueError(f"{p.record_id}: labels {task!r} are {labels.dtype} {labels.shape}, not int8 [K]")
         parts.append(_entry(f"labels/{task}", _BYTES, labels.tobytes()))
     parts += [_entry("source", _BYTES, p.source), _entry("signature", _BYTES, p.signature)]
     record_id = p.record_id.encode()
@@ -313,9 +307,7 @@ def decode(payload: bytes) -> dict[str, Any]:
             "sex": float(sex),
             "quality": quality,
             "labels": {
-                k[len("labels/") :]: np.frombuffer(v, np.int8)
-                for k, v in raw.items()
-                if k.startswith("labels/")
+                k[len("labels/") :]: np.frombuffer(v, np.int8) for k, v in raw.items() if k.startswith("labels/")
             },
             "rpeaks": np.frombuffer(raw["rpeaks"], "<i2"),
             "source": raw["source"],
@@ -323,13 +315,9 @@ def decode(payload: bytes) -> dict[str, Any]:
             "meta": json.loads(raw["meta"]),
         }
     except KeyError as error:
-        raise DataError(
-            f"a stored record lacks the field {error}: the shard is not one of ecg-jax's"
-        ) from None
+        raise DataError(f"a stored record lacks the field {error}: the shard is not one of ecg-jax's") from None
     except (_Malformed, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f"a stored record cannot be decoded ({error}): the shard is damaged, {REPAIR}"
-        ) from None
+        raise DataError(f"a stored record cannot be decoded ({error}): the shard is damaged, {REPAIR}") from None
 
 
 # ----------------------------------------------------------------------------------------------------- frames
@@ -349,9 +337,7 @@ def frame(payload: bytes) -> bytes:
     """`payload` in a TFRecord frame: length u64, its masked CRC32C u32, the payload, its masked CRC32C
     u32."""
     length = struct.pack("<Q", len(payload))
-    return b"".join(
-        [length, struct.pack("<I", masked_crc(length)), payload, struct.pack("<I", masked_crc(payload))]
-    )
+    return b"".join([length, struct.pack("<I", masked_crc(length)), payload, struct.pack("<I", masked_crc(payload))])
 
 
 def damaged(path: Path, offset: int, what: str) -> DataError:

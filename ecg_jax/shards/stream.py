@@ -58,13 +58,9 @@ def batches(
     `load`.
     """
     if batch < 1 or start_step < 0:
-        raise UsageError(
-            f"batch {batch} from step {start_step}: the batch must be positive, the step not negative"
-        )
+        raise UsageError(f"batch {batch} from step {start_step}: the batch must be positive, the step not negative")
     chosen = choose(folders, split, task, labels=labels, subset=subset, exclude=exclude)
-    return _iterate(
-        chosen, batch, seed, start_step, steps, buffer_records, threads or len(os.sched_getaffinity(0))
-    )
+    return _iterate(chosen, batch, seed, start_step, steps, buffer_records, threads or len(os.sched_getaffinity(0)))
 
 
 def _iterate(
@@ -156,9 +152,7 @@ def _dataset(
             deterministic=True,
         )
         shuffle_seed = tf.random.stateless_uniform([], key, minval=None, maxval=None, dtype=tf.int64)
-        return records.shuffle(
-            min(buffer_records, chosen.records), shuffle_seed, reshuffle_each_iteration=False
-        )
+        return records.shuffle(min(buffer_records, chosen.records), shuffle_seed, reshuffle_each_iteration=False)
 
     fields = {
         "signal": tf.io.FixedLenFeature([], tf.string),
@@ -176,9 +170,7 @@ def _dataset(
         return found
 
     dataset = tf.data.Dataset.range(first_epoch, MANY_EPOCHS).flat_map(epoch).skip(skip)
-    dataset = dataset.batch(batch, drop_remainder=True).map(
-        parse, num_parallel_calls=threads, deterministic=True
-    )
+    dataset = dataset.batch(batch, drop_remainder=True).map(parse, num_parallel_calls=threads, deterministic=True)
     options = tf.data.Options()
     options.autotune.enabled = False  # it takes half of the memory if it may
     options.deterministic = True
@@ -234,6 +226,4 @@ def _explained(chosen: Selection, error: Exception) -> DataError:
                 pass
         except DataError as found:
             return found
-    return DataError(
-        f"{chosen.folders[0].path}: TensorFlow cannot read the shards ({str(error).splitlines()[0]})"
-    )
+    return DataError(f"{chosen.folders[0].path}: TensorFlow cannot read the shards ({str(error).splitlines()[0]})")

@@ -64,9 +64,7 @@ class Selection:
     label_names: tuple[str, ...]
     columns: tuple[np.ndarray, ...]  # per folder int [K of the folder]: column in label_names, -1 not wanted
     leads: schema.Leads  # "12" as soon as one folder has twelve
-    parts: tuple[
-        tuple[int, Shard, np.ndarray], ...
-    ]  # (folder, shard, chosen IndexRow rows), empty ones left out
+    parts: tuple[tuple[int, Shard, np.ndarray], ...]  # (folder, shard, chosen IndexRow rows), empty ones left out
     capacity: int
 
     @property
@@ -100,9 +98,7 @@ def choose(
     whole = np.concatenate([index for _, _, index in pieces])
     keep = select(whole, subset if split == "train" else WHOLE, frozenset(int(g) for g in exclude))
     if not keep.any():
-        raise DataError(
-            f"{_names(opened)}: {split} has {len(whole)} records, none in the subset: take a larger one"
-        )
+        raise DataError(f"{_names(opened)}: {split} has {len(whole)} records, none in the subset: take a larger one")
     edges = np.cumsum([0, *(len(index) for _, _, index in pieces)])
     chosen = [
         (f, shard, index[keep[a:b]])
@@ -153,9 +149,7 @@ def load(
         folder, here = s.folders[f], slice(at, at + len(rows))
         data, rows = _read(shard.path, rows, buffer)
         _copy_signals(data, rows, folder.leads, signal[here])
-        fixed = schema.fixed_offsets(
-            folder.leads, tuple((t, len(v)) for t, v in folder.card["tasks"].items())
-        )
+        fixed = schema.fixed_offsets(folder.leads, tuple((t, len(v)) for t, v in folder.card["tasks"].items()))
         _check_layout(data, rows, fixed, task, shard.path)
         age[here] = _gather(data, rows, *fixed["age"]).view("<f4")[:, 0]
         sex[here] = _gather(data, rows, *fixed["sex"]).view("<f4")[:, 0]
@@ -268,9 +262,7 @@ def _check_layout(data: np.ndarray, rows: np.ndarray, fixed: dict, task: str, pa
     stored = schema.decode(data[start : start + length].tobytes())
     found = _gather(data, rows[:1], *fixed[f"labels/{task}"]).view(np.int8)[0]
     if not np.array_equal(stored["labels"].get(task), found):
-        raise DataError(
-            f"{path}: its fields do not stand where its card says; convert again with this release"
-        )
+        raise DataError(f"{path}: its fields do not stand where its card says; convert again with this release")
 
 
 def _meta(data: np.ndarray, row: np.void) -> dict:

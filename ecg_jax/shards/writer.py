@@ -47,9 +47,7 @@ class Pseudonyms:
         except OSError as error:
             raise UsageError(f"--pseudonymise {path}: {error.strerror or error}") from None
         if len(secret) < 16:
-            raise UsageError(
-                f"--pseudonymise {path}: holds {len(secret)} bytes, a key needs at least 16 random ones"
-            )
+            raise UsageError(f"--pseudonymise {path}: holds {len(secret)} bytes, a key needs at least 16 random ones")
         return cls(hashlib.blake2b(secret, digest_size=32).digest())
 
     def __call__(self, name: str) -> str:
@@ -172,9 +170,7 @@ def write_shard(job: Job, plan: ShardPlan) -> None:
             continue
         for p in outcome:
             order = hash64("order", job.source.name, p.group)
-            rows.append(
-                (order, p.record_id, schema.encode_indexed(p, job.leads), replace(p, signal=_NO_SIGNAL))
-            )
+            rows.append((order, p.record_id, schema.encode_indexed(p, job.leads), replace(p, signal=_NO_SIGNAL)))
     rows.sort(key=lambda row: row[:2])
     index = np.zeros(len(rows), schema.IndexRow)
     at = 0
@@ -254,9 +250,7 @@ def _eight_leads(windows: list[Prepared]) -> list[Prepared] | Refused:
         signal = p.signal[start : start + length].astype(np.float32)
         off = np.percentile(np.abs(signal[:, kept] @ matrix - signal).max(1), 99)
         if off > EIGHT_LEADS_TOLERANCE:
-            detail = (
-                f"limb leads differ from those that I and II give by {off:.0f} uV: convert with --leads 12"
-            )
+            detail = f"limb leads differ from those that I and II give by {off:.0f} uV: convert with --leads 12"
             return Refused("leads-inconsistent", detail)
     return windows
 
@@ -274,9 +268,7 @@ def _columns(job: Job, prepared: list[Prepared], index: np.ndarray) -> Columns:
     n = len(prepared)
     labels, bayes = {}, {}
     if extra := [p.record_id for p in prepared if set(p.labels) != set(job.source.tasks)]:
-        raise ValueError(
-            f"{extra[0]}: has other label tasks than the source declares: {sorted(job.source.tasks)}"
-        )
+        raise ValueError(f"{extra[0]}: has other label tasks than the source declares: {sorted(job.source.tasks)}")
     for task, names in job.source.tasks.items():
         if wrong := [p.record_id for p in prepared if len(p.labels[task]) != len(names)]:
             raise ValueError(f"{wrong[0]}: task {task!r} has not {len(names)} labels")
@@ -346,11 +338,7 @@ def drop_records(folder: Path, name: str, drop: list[str]) -> dict[str, Any]:
     payloads = list(schema.read_frames(folder / name))
     keep = np.array([_id_bytes(p, row) not in gone for p, row in zip(payloads, index, strict=True)], bool)
     rows = index[keep]
-    start = (
-        np.cumsum(rows["length"].astype(np.uint64) + np.uint64(schema.FRAME_EXTRA))
-        if len(rows)
-        else rows["frame"]
-    )
+    start = np.cumsum(rows["length"].astype(np.uint64) + np.uint64(schema.FRAME_EXTRA)) if len(rows) else rows["frame"]
     start = np.concatenate([np.zeros(1, np.uint64), start[:-1]])[: len(rows)]
     rows["signal"] = rows["signal"] - rows["frame"] + start
     rows["frame"] = start

@@ -9,9 +9,7 @@ import pytest
 LEADS = ("I", "II", "III", "AVR", "AVL", "AVF", "V1", "V2", "V3", "V4", "V5", "V6")
 
 
-def write_record(
-    path: Path, seed: int = 0, rate: int = 100, unit: str = "mV", leads: Sequence[str] = LEADS
-) -> None:
+def write_record(path: Path, seed: int = 0, rate: int = 100, unit: str = "mV", leads: Sequence[str] = LEADS) -> None:
     """A format 16 record of 10 s; `path` without suffix, parents are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digital = np.random.default_rng(seed).integers(-500, 500, (10 * rate, len(leads))).astype("<i2")

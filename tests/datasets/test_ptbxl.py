@@ -25,9 +25,7 @@ def statements() -> str:
     return "\n".join(lines) + "\n"
 
 
-def row(
-    i: int, codes: str, fold: object = 1, patient: object = 5.0, age: object = 50.0, sex: object = 0
-) -> str:
+def row(i: int, codes: str, fold: object = 1, patient: object = 5.0, age: object = 50.0, sex: object = 0) -> str:
     files = f"records100/00000/{i:05d}_lr,records500/00000/{i:05d}_hr"
     return f'{i},{patient},{age},{sex},CS-12   E,1984-11-09 09:17:34,"{codes}",{fold},{files}'
 
@@ -57,26 +55,15 @@ def test_records_and_tasks(folder):
     one, two, three = source.read(source.items)
 
     def on(record: Record, task: str) -> list[str]:
-        return [
-            name for name, value in zip(source.tasks[task], record.labels[task], strict=True) if value == 1
-        ]
+        return [name for name, value in zip(source.tasks[task], record.labels[task], strict=True) if value == 1]
 
     assert on(one, "superclass") == ["C0"] and on(one, "form") == ["D0"] and on(one, "rhythm") == ["R3"]
     assert on(two, "superclass") == ["C1"] and on(two, "subclass") == ["S1", "S6"]  # likelihood 0 counts
     assert on(two, "diagnostic") == ["D1", "D6"] and (two.labels["rhythm"] == -1).all()
     assert (three.labels["superclass"] == -1).all() and on(three, "form") == ["F2"]
     assert (one.age, one.sex, one.patient_id) == (50.0, 1.0, "5")
-    assert (
-        (two.age, two.sex) == (90.0, 0.0)
-        and three.patient_id is None
-        and np.isnan([three.age, three.sex]).all()
-    )
-    assert (
-        one.device == "CS-12 E"
-        and one.time == "1984-11-09 09:17:34"
-        and one.rate == 100
-        and len(one.source) == 32
-    )
+    assert (two.age, two.sex) == (90.0, 0.0) and three.patient_id is None and np.isnan([three.age, three.sex]).all()
+    assert one.device == "CS-12 E" and one.time == "1984-11-09 09:17:34" and one.rate == 100 and len(one.source) == 32
     assert source.about["unknown_codes"] == ["ODD"] and source.about["unlabelled"]["rhythm"] == 2
     assert source.version == "1.0.3"
 

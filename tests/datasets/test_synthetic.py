@@ -33,9 +33,7 @@ def test_reading_scattered_items_gives_the_same_records(source):
     read = pickle.loads(pickle.dumps(source.read))
     some = pickle.loads(pickle.dumps(source.items))[250::-40]
     for item, record in zip(some, read(some), strict=True):
-        assert (
-            isinstance(record, Record) and record.record_id == item.record_id and record.group == item.group
-        )
+        assert isinstance(record, Record) and record.record_id == item.record_id and record.group == item.group
         other = whole[item.where[0]]
         assert np.array_equal(record.signal, other.signal) and record.meta == other.meta
         assert record.source == other.source and len(record.source) == 32
@@ -64,14 +62,8 @@ def test_official_split_by_patient_only_grows_the_training_set():
     small, large = _open(records=400, val=60, test=80), _open(records=800, val=60, test=80)
     assert large.items[:400] == small.items
     for source in (small, large):
-        groups = {
-            name: {i.group for i in source.items if i.split == name} for name in ("train", "val", "test")
-        }
-        assert (
-            not groups["train"] & groups["val"]
-            | groups["train"] & groups["test"]
-            | groups["val"] & groups["test"]
-        )
+        groups = {name: {i.group for i in source.items if i.split == name} for name in ("train", "val", "test")}
+        assert not groups["train"] & groups["val"] | groups["train"] & groups["test"] | groups["val"] & groups["test"]
         counts = {name: sum(i.split == name for i in source.items) for name in groups}
         assert 60 <= counts["val"] < 100 and 80 <= counts["test"] < 120
     assert not any(item.split == "val" for item in _open(records=100, test=10).items)

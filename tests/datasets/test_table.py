@@ -64,9 +64,7 @@ def test_any_bytes_are_a_table_or_a_data_error(tmp_path, content):
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
-        st.lists(
-            st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), min_size=2, max_size=2
-        )
+        st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), min_size=2, max_size=2)
     )
 )
 def test_any_cells_survive(tmp_path, rows):

@@ -68,9 +68,7 @@ def test_zero_columns_change_nothing(data):
     probe = linear.fit(train, val)
     for width in (64, 100):  # 100 crosses into the next multiple of 64
         wide = linear.fit(widened(train, width), widened(val, width))
-        np.testing.assert_allclose(
-            wide.logits(widened(test, width).features), probe.logits(test.features), atol=2e-3
-        )
+        np.testing.assert_allclose(wide.logits(widened(test, width).features), probe.logits(test.features), atol=2e-3)
         assert not wide.weights[20:].any() and wide.epoch == probe.epoch
 
 
@@ -80,9 +78,7 @@ def test_unknown_labels_are_masked_not_negative(data):
     hidden[np.random.default_rng(0).random(len(hidden)) < 0.5, 0] = m.UNKNOWN
     as_negative = np.where(hidden == m.UNKNOWN, 0, hidden)
     losses = [
-        m.bce(
-            linear.fit(Split(train.features, y, train.record_hash), val).logits(test.features), test.labels
-        )[0]
+        m.bce(linear.fit(Split(train.features, y, train.record_hash), val).logits(test.features), test.labels)[0]
         for y in (train.labels, hidden, as_negative)
     ]
     assert losses[1] < losses[0] + 0.02 and losses[2] > losses[1] + 0.02
@@ -96,9 +92,7 @@ def test_constant_and_nearly_constant_columns_do_no_harm(data):
     train, val, test, _ = data
 
     def with_constant(s):
-        jitter = np.float32(1e-5) * (s.record_hash % np.uint64(2)).astype(
-            np.float32
-        )  # rounding of a constant
+        jitter = np.float32(1e-5) * (s.record_hash % np.uint64(2)).astype(np.float32)  # rounding of a constant
         return Split(np.column_stack([s.features, 100 + jitter, 0 * jitter + 7]), s.labels, s.record_hash)
 
     got = linear.fit(with_constant(train), with_constant(val)).logits(with_constant(test).features)
@@ -110,9 +104,7 @@ def test_encoders_of_other_widths_share_the_compiled_probe_and_take_less_than_a_
     linear.fit(train, val)
     before, start = linear._train._cache_size(), time.process_time()
     for width in (5, 11, 20):
-        linear.fit(
-            *(Split(s.features[:800, :width], s.labels[:800], s.record_hash[:800]) for s in (train, val))
-        )
+        linear.fit(*(Split(s.features[:800, :width], s.labels[:800], s.record_hash[:800]) for s in (train, val)))
     assert linear._train._cache_size() == before
     assert (time.process_time() - start) / 3 < 1.0
 

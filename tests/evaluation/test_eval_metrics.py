@@ -66,9 +66,7 @@ def test_continuous_scores_of_several_labels_at_once():
     labels = rng.choice(np.array([-1, 0, 1], np.int8), (60, 4), p=[0.1, 0.6, 0.3])
     scores = rng.normal(size=(60, 4)) + labels
     for k in range(4):
-        assert m.auroc(scores, labels)[k] == pytest.approx(
-            auroc_by_pairs(scores[:, k], labels[:, k]), abs=1e-12
-        )
+        assert m.auroc(scores, labels)[k] == pytest.approx(auroc_by_pairs(scores[:, k], labels[:, k]), abs=1e-12)
         want = ap_by_thresholds(scores[:, k], labels[:, k])
         assert m.average_precision(scores, labels)[k] == pytest.approx(want, abs=1e-12)
 

@@ -90,9 +90,7 @@ def test_reads_csv_of_others_with_renamed_and_unknown_columns(tmp_path):
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*(n for n in BASE if n not in ("value", "n_params")), "N", "loss", "note", "lr"])
-        writer.writerow(
-            [*(v for n, v in BASE.items() if n not in ("value", "n_params")), "1e3", "0.5", "hm", ""]
-        )
+        writer.writerow([*(v for n, v in BASE.items() if n not in ("value", "n_params")), "1e3", "0.5", "hm", ""])
     (got,) = evalog.read([path], columns={"n_params": "N", "value": "loss"})
     assert got["n_params"] == 1000 and got["value"] == 0.5 and got["lr"] is None and got["n_records"] == 512
     with pytest.raises(DataError, match=r"theirs\.csv:2: no column 'Loss' \(did you mean 'loss'"):

@@ -68,9 +68,7 @@ def test_a_resample_without_positives_drops_the_label_and_the_share_is_told():
     labels = np.zeros((50, 2), np.int8)
     labels[:2, 0] = 1  # two positives: (1 - 2/50)^50 = 13 % of resamples have neither
     labels[:25, 1] = 1
-    spread = bootstrap.spreads(
-        rng.normal(size=(50, 2)), labels, np.zeros(2), bootstrap.draw(np.arange(50), 4000)
-    )
+    spread = bootstrap.spreads(rng.normal(size=(50, 2)), labels, np.zeros(2), bootstrap.draw(np.arange(50), 4000))
     assert spread["auroc"].dropped[0] == pytest.approx(0.13, abs=0.02)
     assert spread["auroc"].dropped[1] == 0
     assert (spread["bce"].dropped == 0).all()
@@ -79,9 +77,7 @@ def test_a_resample_without_positives_drops_the_label_and_the_share_is_told():
 
 def test_the_macro_of_a_resample_does_not_jump_with_the_labels_it_kept():
     point, support = np.array([0.5, 0.9]), np.array([5, 5])
-    spread = bootstrap.Spread(
-        point, np.array([[0.5, 0.9], [np.nan, 0.9], [0.6, np.nan], [np.nan, np.nan]]), support
-    )
+    spread = bootstrap.Spread(point, np.array([[0.5, 0.9], [np.nan, 0.9], [0.6, np.nan], [np.nan, np.nan]]), support)
     got = spread.macro()
     assert got[0] == pytest.approx(0.7) and got[2] == 2
     np.testing.assert_allclose(got[1], [0.7, 0.7, 0.8, np.nan])
@@ -104,9 +100,7 @@ def test_the_point_lies_inside_its_interval(seed, n, gap, rare):
 
 def test_perfect_ranking_is_not_certainty():
     labels = np.array([[1]] * 10 + [[0]] * 90, np.int8)
-    spread = bootstrap.spreads(labels * 1.0, labels, np.zeros(1), bootstrap.draw(np.arange(100), 200))[
-        "auroc"
-    ]
+    spread = bootstrap.spreads(labels * 1.0, labels, np.zeros(1), bootstrap.draw(np.arange(100), 200))["auroc"]
     low, high = bootstrap.interval("auroc", 1.0, spread.draws[:, 0], 0.95, spread.support[0])
     assert spread.support[0] == 10 and high == 1 and low == pytest.approx(0.025**0.1)
 
@@ -120,9 +114,7 @@ def test_auroc_interval_covers_where_the_percentile_one_does_not():
     for i in range(200):
         scores = np.concatenate([rng.normal(1.8124, 1, 20), rng.normal(0, 1, 100)])[:, None]
         labels = (np.arange(120) < 20).astype(np.int8)[:, None]
-        draws = bootstrap._ranking_draws(scores, labels, bootstrap.draw(np.arange(120), 200, i))["auroc"][
-            :, 0
-        ]
+        draws = bootstrap._ranking_draws(scores, labels, bootstrap.draw(np.arange(120), 200, i))["auroc"][:, 0]
         point = m.auroc(scores, labels)[0]
         for j, rule in enumerate((bootstrap.logit_t, bootstrap.percentile)):
             low, high = rule(point, draws, 0.95, 20)
@@ -162,9 +154,7 @@ def test_saved_predictions_are_aligned_by_record_and_refused_when_they_differ(tm
     order = np.random.default_rng(0).permutation(60)
     compare.save_predictions(tmp_path / "a.npz", ids, groups, labels, logits, names)
     shuffled = [ids[i] for i in order]
-    compare.save_predictions(
-        tmp_path / "b.npz", shuffled, groups[order], labels[order], logits[order] * 2, names
-    )
+    compare.save_predictions(tmp_path / "b.npz", shuffled, groups[order], labels[order], logits[order] * 2, names)
     got = compare.paired_files(tmp_path / "a.npz", tmp_path / "b.npz", resamples=50)
     assert got["auroc"]["macro"]["difference"] == 0 and got["bce"]["macro"]["difference"] != 0
     compare.save_predictions(tmp_path / "c.npz", ids[1:], groups[1:], labels[1:], logits[1:], names)

@@ -116,10 +116,7 @@ def test_a_probe_from_tables_to_rows(run_dir, tables):
         "never": {"bce"},
     }
     assert {d for name, d, _ in of if name == "AF"} == {"ood_seen"}
-    assert (
-        of["macro", "ood_unseen", "auroc"]["n_labels"] == 1
-        and of["macro", "ood_unseen", "bce"]["n_labels"] == 2
-    )
+    assert of["macro", "ood_unseen", "auroc"]["n_labels"] == 1 and of["macro", "ood_unseen", "bce"]["n_labels"] == 2
     assert of["macro", "ood_unseen", "auroc"]["value"] == of["MI", "ood_unseen", "auroc"]["value"]
     mean = np.mean([of[name, "ood_unseen", "bce"]["value"] for name in ("MI", "never")])
     assert of["macro", "ood_unseen", "bce"]["value"] == pytest.approx(mean)
@@ -127,9 +124,7 @@ def test_a_probe_from_tables_to_rows(run_dir, tables):
 
     # The run's own columns, and intervals around every value.
     row = of["AF", "ood_seen", "bce"]
-    assert (
-        row["n_params"] == 144 and row["status"] == "unconverged" and row["step"] == 70 and row["seed"] == 3
-    )
+    assert row["n_params"] == 144 and row["status"] == "unconverged" and row["step"] == 70 and row["seed"] == 3
     assert row["n_examples"] == (tables["test"].labels[:, 0] >= 0).sum() and row["probe"] == "adam"
     assert row["lineage"] == "code15" and row["dataset"] == "ptbxl" and row["split"] == "test"
     assert all(r["ci_low"] <= r["value"] <= r["ci_high"] for r in rows)
@@ -146,10 +141,7 @@ def test_a_probe_from_tables_to_rows(run_dir, tables):
     assert gain["auroc"]["macro ood_seen"]["n_labels"] == 1
     base = next(r for r in rows if r["run"] == "R4-s0:untrained")
     assert (base["paradigm"], base["n_records"], base["lr"], base["status"]) == ("untrained", 0, None, "done")
-    assert (
-        json.loads((run_dir.path / "probes" / "ptbxl-main.json").read_text())["difference"]
-        == got["difference"]
-    )
+    assert json.loads((run_dir.path / "probes" / "ptbxl-main.json").read_text())["difference"] == got["difference"]
     text = "\n".join(probe.result_lines(got))
     assert "trained minus untrained" in text and "left out: never" in text and "macro ood_seen" in text
 
@@ -209,15 +201,9 @@ def test_features_do_not_depend_on_the_batch_and_a_torn_cache_is_replaced(run_di
     np.testing.assert_allclose(whole, parts, rtol=1e-6)
     (path,) = (tmp_path / "cache").iterdir()
     encoder, data, split = path.stem.split("-")
-    assert (
-        run_dir.encoder.digest.startswith(encoder)
-        and features.data_hash(val).startswith(data)
-        and split == "val"
-    )
+    assert run_dir.encoder.digest.startswith(encoder) and features.data_hash(val).startswith(data) and split == "val"
     path.write_bytes(path.read_bytes()[:100])
-    np.testing.assert_allclose(
-        features.extract(run_dir.encoder, val, "val", cache=path.parent), whole, rtol=1e-6
-    )
+    np.testing.assert_allclose(features.extract(run_dir.encoder, val, "val", cache=path.parent), whole, rtol=1e-6)
     assert features.data_hash(val) != features.data_hash(replace(val, unit="z"))
     one = features.untrained(run_dir.encoder, 0)
     assert one.digest == features.untrained(run_dir.encoder, 0).digest

@@ -59,9 +59,7 @@ def test_features_are_those_of_the_objective_with_the_log_gain_last(run_dir, dat
     louder = tables.load([data], "val", "ood")
     louder.signal[:] = np.clip(louder.signal.astype(np.int32) * 2, -32767, 32767)
     change = features.extract(encoder, louder, "val") - got
-    assert (
-        np.median(np.abs(change[:, -1] - np.log(2))) < 1e-3
-    )  # the gain goes into the last feature and nowhere else
+    assert np.median(np.abs(change[:, -1] - np.log(2))) < 1e-3  # the gain goes into the last feature and nowhere else
     assert np.median(np.abs(change[:, :-1])) < 1e-3
 
 

@@ -30,9 +30,7 @@ def equal(a, b) -> bool:
     return all(
         np.array_equal(x, y, equal_nan=True) if isinstance(x, np.ndarray | float) else x == y
         for x, y in (
-            (getattr(a, f.name), getattr(b, f.name))
-            for f in dataclasses.fields(Prepared)
-            if f.name != "labels"
+            (getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Prepared) if f.name != "labels"
         )
     )
 

@@ -14,9 +14,7 @@ from ecg_jax.records.readers import read_wfdb
 from ecg_jax.records.record import Refused
 
 
-def write(
-    folder: Path, name: str, digital: np.ndarray, names=LEADS, unit="mV", gain=1000, checksum=True
-) -> Path:
+def write(folder: Path, name: str, digital: np.ndarray, names=LEADS, unit="mV", gain=1000, checksum=True) -> Path:
     """A format 16 record, written byte by byte so that the test does not lean on the library it tests."""
     digital = digital.astype("<i2")
     (folder / f"{name}.dat").write_bytes(digital.tobytes())
@@ -50,9 +48,7 @@ def test_millivolt_and_digest(tmp_path, digital):
     assert reading.source == hashlib.sha256(content).digest()
 
 
-@pytest.mark.parametrize(
-    ("unit", "factor"), [("mV", 1), ("MV", 1), ("mv", 1), ("uV", 1e-3), ("V", 1e3), ("µV", 1e-3)]
-)
+@pytest.mark.parametrize(("unit", "factor"), [("mV", 1), ("MV", 1), ("mv", 1), ("uV", 1e-3), ("V", 1e3), ("µV", 1e-3)])
 def test_units(tmp_path, digital, unit, factor):
     reading = read_wfdb(write(tmp_path, "a", digital, unit=unit))
     np.testing.assert_allclose(reading.signal, digital / 1000 * factor, rtol=1e-5, atol=1e-9)

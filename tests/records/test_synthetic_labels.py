@@ -103,9 +103,7 @@ def test_without_teacher_and_tail_the_labels_are_the_probits(quick_calibration):
         "ST": (sinus, ndtr((state.rate - 100) / 3)),
     }
     for name, (rows, wanted) in expected.items():
-        np.testing.assert_allclose(
-            rule[rows, LABELS.index(name)], np.clip(wanted[rows], 3.2e-5, 1 - 3.2e-5), atol=1e-6
-        )
+        np.testing.assert_allclose(rule[rows, LABELS.index(name)], np.clip(wanted[rows], 3.2e-5, 1 - 3.2e-5), atol=1e-6)
         assert (rule[~rows, LABELS.index(name)] < 1e-4).all()
     assert (rule[state.rhythm != FIBRILLATION, LABELS.index("AF")] < 1e-4).all()
     certain = (state.rhythm == FIBRILLATION) & (state.rr_cv > 0.2)
@@ -115,9 +113,7 @@ def test_without_teacher_and_tail_the_labels_are_the_probits(quick_calibration):
 def test_premature_beats_are_those_of_the_rhythm(balanced):
     settings, state, _ = balanced
     some = state.take(np.arange(3000))
-    np.testing.assert_array_equal(
-        labelling.premature_beats(settings, some), rhythm.beats(settings, some).premature
-    )
+    np.testing.assert_array_equal(labelling.premature_beats(settings, some), rhythm.beats(settings, some).premature)
 
 
 def test_one_percent_is_missed_and_a_thousandth_false(balanced):

@@ -129,9 +129,7 @@ def test_real_ecg_has_the_energies_that_the_simulator_was_matched_to(shared_data
                     tar.extract(member, tmp_path, filter="data")
                     if len(list(tmp_path.rglob("*_lr.*"))) >= 80:
                         break
-    found = [
-        str(p.with_suffix("")) for p in sorted(tmp_path.rglob("*_lr.hea")) if p.with_suffix(".dat").exists()
-    ]
+    found = [str(p.with_suffix("")) for p in sorted(tmp_path.rglob("*_lr.hea")) if p.with_suffix(".dat").exists()]
     if len(found) < 20:
         pytest.skip("records100 not in the archives")
     real = _stored([wfdb.rdrecord(name).p_signal for name in found])
@@ -177,9 +175,7 @@ def test_drift_pops_and_mains_are_there(batch, clean, settings):
 
 def test_the_waves_themselves_have_no_aliases(clean):
     """A clean plain beat has next to nothing near the folding frequency."""
-    plain = [x for x, p in zip(clean.signal, clean.state.pattern, strict=True) if p == 0 and len(x) == 1024][
-        :100
-    ]
+    plain = [x for x, p in zip(clean.signal, clean.state.pattern, strict=True) if p == 0 and len(x) == 1024][:100]
     frequency, power = dsp.welch(np.stack(plain), 100, nperseg=512, axis=1)
     power = power.mean(axis=(0, 2))
     assert power[frequency > 45].sum() < 2e-3 * power.sum()
@@ -213,12 +209,8 @@ def test_beats_vary_and_follow_the_rhythm():
     premature = (state.ectopy > 0) & (beats.premature > 0)
     assert (cv[premature & (state.rhythm == SINUS)] > 0.04).all()
     # Without noise two beats of a record still differ.
-    quiet = synthetic.signals(
-        dataclasses.replace(settings, noise=0.0), state.take(np.flatnonzero(sinus)[:20])
-    )
-    spread = [
-        np.std(x[dsp.find_peaks(np.abs(x[:, 10]), height=0.6 * np.abs(x[:, 10]).max())[0], 10]) for x in quiet
-    ]
+    quiet = synthetic.signals(dataclasses.replace(settings, noise=0.0), state.take(np.flatnonzero(sinus)[:20]))
+    spread = [np.std(x[dsp.find_peaks(np.abs(x[:, 10]), height=0.6 * np.abs(x[:, 10]).max())[0], 10]) for x in quiet]
     assert 0.005 < np.median(spread) < 0.2
 
 

@@ -83,10 +83,7 @@ def _run(rng, architecture: str, n: int, d: int, s: int, noise: float) -> list[d
         home | {"label": "macro", "metric": "auroc", "value": 0.9, "selection": "best-val"},
     ]
     for k, name in enumerate(LABELS):
-        out.append(
-            home
-            | {"label": name, "metric": "bce", "value": value * (0.6 + 0.15 * k), "selection": "best-val"}
-        )
+        out.append(home | {"label": name, "metric": "bce", "value": value * (0.6 + 0.15 * k), "selection": "best-val"})
     far = base | {
         "dataset": "synthetic-ood",
         "task": "ood",

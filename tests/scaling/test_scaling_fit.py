@@ -92,9 +92,7 @@ def test_predictions_name_law_and_interval(study):
                 float(row[k]) for k in ("low", "law_low", "predicted", "law_high", "high")
             )
             assert low < law_low < value < law_high < high
-    seen = next(
-        r for r in rows if r["name"] == "seen" and r["architecture"] == "resnet1d" and r["domain"] == "id"
-    )
+    seen = next(r for r in rows if r["name"] == "seen" and r["architecture"] == "resnet1d" and r["domain"] == "id")
     assert float(seen["predicted"]) == pytest.approx(fake_log.truth("resnet1d", 60288, 8192), rel=0.01)
 
 
@@ -110,9 +108,7 @@ class Balance(HTMLParser):
         if tag not in ("meta", "br", "link", "img"):
             self.open.append(tag)
         self.ids += [attrs["id"]] if "id" in attrs else []
-        self.loaded += [
-            attrs[k] for k in ("src", "href", "xlink:href") if not attrs.get(k, "#").startswith("#")
-        ]
+        self.loaded += [attrs[k] for k in ("src", "href", "xlink:href") if not attrs.get(k, "#").startswith("#")]
 
     def handle_startendtag(self, tag, attrs):
         self.handle_starttag(tag, attrs)
@@ -146,9 +142,7 @@ def test_a_law_that_is_not_identified_has_no_number_in_the_report(study):
     assert "constant predictor 0.3 over best loss" in text
     printed = result_lines(study[1])
     assert any(line.endswith("law not identified") for line in printed)
-    assert sum("learning: " in line for line in printed) == 6 and printed[-1].startswith(
-        "4 of 6 laws identified"
-    )
+    assert sum("learning: " in line for line in printed) == 6 and printed[-1].startswith("4 of 6 laws identified")
 
 
 def test_everything_left_out_is_said_in_the_report(study):
@@ -171,9 +165,7 @@ def test_figures_are_written_one_per_law_with_transfer_and_trajectories(study):
 
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path):
-    log = fake_log.write_jsonl(
-        tmp_path / "log.jsonl", [r for r in fake_log.rows() if r["task"] == "pretrain"]
-    )
+    log = fake_log.write_jsonl(tmp_path / "log.jsonl", [r for r in fake_log.rows() if r["task"] == "pretrain"])
     for name in ("a", "b"):
         fit(log, tmp_path / name, bootstrap=100)
     for file in sorted((tmp_path / "a").rglob("*.*")):
@@ -253,9 +245,7 @@ def test_figures_of_an_earlier_fit_are_removed_and_other_files_stay(tmp_path):
     log = fake_log.write_jsonl(tmp_path / "log.jsonl", entries)
     fit(log, tmp_path / "out", bootstrap=0)
     (tmp_path / "out" / "figures" / "mine.svg").write_text("<svg/>")
-    one = fake_log.write_jsonl(
-        tmp_path / "one.jsonl", [r for r in entries if r["architecture"] == "resnet1d"]
-    )
+    one = fake_log.write_jsonl(tmp_path / "one.jsonl", [r for r in entries if r["architecture"] == "resnet1d"])
     fit(one, tmp_path / "out", bootstrap=0)
     names = {p.name for p in (tmp_path / "out" / "figures").iterdir()}
     assert names == {"law-resnet1d-sl-signal-synthetic-pretrain-id.svg", "mine.svg"}

@@ -180,9 +180,7 @@ def test_noiseless_multiplier_is_the_true_one(shared_data, tmp_path):
     assert m["M_N", "sl"].value == pytest.approx(1.9, rel=1e-6)
     assert m["M_N", "sl"].numerator.startswith("transformer") and m["M_N", "sl"].interval == (None, None)
     assert m["rho_N", "ssl"].value == pytest.approx(0.30 / 0.36, rel=1e-8)  # of resnet over transformer
-    at = m[
-        "M_D", "sl"
-    ].at  # both laws by hand at the ends of the overlap: E, B, beta equal, A times 1.9^alpha
+    at = m["M_D", "sl"].at  # both laws by hand at the ends of the overlap: E, B, beta equal, A times 1.9^alpha
     for loss, ratio in zip(at["loss"], at["ratio at these losses"], strict=True):
         left = [loss - 0.03 - 0.008 * k**0.22 * (at["N"] / 1e6) ** -0.22 for k in (1.0, 1.9)]
         assert ratio == pytest.approx((left[0] / left[1]) ** (1 / 0.35), rel=1e-6)
@@ -191,9 +189,7 @@ def test_noiseless_multiplier_is_the_true_one(shared_data, tmp_path):
 def test_noisy_interval_covers_the_true_multiplier(shared_data, tmp_path):
     found = synthetic(shared_data / "scaling" / "synthetic_noisy.csv", tmp_path)
     m = next(
-        m
-        for m in found
-        if m.kind == "M_N" and m.denominator.endswith("sl / signal") and "ssl" not in m.denominator
+        m for m in found if m.kind == "M_N" and m.denominator.endswith("sl / signal") and "ssl" not in m.denominator
     )
     assert m.interval[0] < 1.9 < m.interval[1] < 2.6
     assert m.p < 1e-4 and m.p_holm == m.p

@@ -25,9 +25,7 @@ def joint(n, d, e=0.03, a=0.167, b=0.68, alpha=0.22, beta=0.35):
 
 
 @pytest.mark.parametrize("name, variables", [("hoffmann", ("N", "D")), ("power", ("N",)), ("power0", ("D",))])
-@pytest.mark.parametrize(
-    "criterion", [Criterion(True, 0.01), Criterion(True, np.inf), Criterion(False, np.inf)]
-)
+@pytest.mark.parametrize("criterion", [Criterion(True, 0.01), Criterion(True, np.inf), Criterion(False, np.inf)])
 def test_derivatives_agree_with_finite_differences(name, variables, criterion):
     law = laws.get(name, variables)
     rng = np.random.default_rng(1)

@@ -76,9 +76,7 @@ def test_columns_are_renamed_and_constants_given(tmp_path):
 
 def test_wide_tables_are_melted(tmp_path):
     path = tmp_path / "wide.csv"
-    path.write_text(
-        "run,architecture,paradigm,n_params,n_records,dataset,loss_id,loss_far\na,r,SL,10,20,x,0.2,0.3\n"
-    )
+    path.write_text("run,architecture,paradigm,n_params,n_records,dataset,loss_id,loss_far\na,r,SL,10,20,x,0.2,0.3\n")
     got = table.read([path], melt=["loss_id", "loss_far"])
     assert [(r["task"], r["value"], r["metric"]) for r in got.rows] == [
         ("loss_id", 0.2, "loss"),
@@ -100,9 +98,7 @@ def test_diverged_and_unconverged_runs_are_kept_and_flagged(tmp_path):
 
 def test_bits_become_nats(tmp_path):
     got = table.read([log(tmp_path, {"unit": "bits", "value": 1.0, "floor": 0.5})])
-    assert got.rows[0]["value"] == pytest.approx(np.log(2)) and got.rows[0]["floor"] == pytest.approx(
-        np.log(2) / 2
-    )
+    assert got.rows[0]["value"] == pytest.approx(np.log(2)) and got.rows[0]["floor"] == pytest.approx(np.log(2) / 2)
 
 
 def test_probe_seeds_are_averaged_and_the_latest_step_is_used(tmp_path):

@@ -24,9 +24,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def stored(path: Path, split: str) -> list[dict]:
-    return [
-        schema.decode(p) for shard in open_folder(path).shards(split) for p in schema.read_frames(shard.path)
-    ]
+    return [schema.decode(p) for shard in open_folder(path).shards(split) for p in schema.read_frames(shard.path)]
 
 
 def quarantine(path: Path) -> list[dict]:
@@ -48,9 +46,7 @@ def test_every_record_is_written_or_quarantined(folder):
     assert ids == sorted(want)
     counts = card["counts"]
     assert counts == {"items": 240, "items_refused": 1, "records": 241, "duplicates": 1, "written": 240}
-    assert {split: len(rows) for split, rows in found.items()} == {
-        s: c["records"] for s, c in card["splits"].items()
-    }
+    assert {split: len(rows) for split, rows in found.items()} == {s: c["records"] for s, c in card["splits"].items()}
     assert card["refused"] == {"duplicate-of": 1, "not-good": 1}
 
 
@@ -139,9 +135,7 @@ def test_a_second_run_does_nothing_and_a_lost_shard_alone_is_written_again(tmp_p
     before = contents(path)
     again = convert(source, tmp_path)
     assert again["report"] == {"shards_written": 0, "shards_kept": len(first["files"])}
-    assert {k: v for k, v in again.items() if k != "report"} == {
-        k: v for k, v in first.items() if k != "report"
-    }
+    assert {k: v for k, v in again.items() if k != "report"} == {k: v for k, v in first.items() if k != "report"}
     with_copy = next(f for f in first["files"] if f["records"] > 1)["file"]
     (path / with_copy).unlink()
     assert convert(source, tmp_path)["report"]["shards_written"] == 1

@@ -40,9 +40,7 @@ def test_another_data_set_gives_another_split():
     assert 0.75 < same < 0.88  # 0.815 by chance
 
 
-@pytest.mark.parametrize(
-    ("records", "count"), [(1, 8), (40_000, 8), (50_000, 16), (345_779, 64), (2_300_000, 512)]
-)
+@pytest.mark.parametrize(("records", "count"), [(1, 8), (40_000, 8), (50_000, 16), (345_779, 64), (2_300_000, 512)])
 def test_shard_count(records, count):
     found = grouping.shard_count(records, "12")
     assert found == count and found % 8 == 0

@@ -62,9 +62,7 @@ def test_a_lane_does_not_know_the_others():
     # What makes one device, eight or several hosts see the same batches.
     other = [count + 5 for count in COUNTS]
     other[2] = COUNTS[2]
-    np.testing.assert_array_equal(
-        Order(COUNTS, 32, 1).span(0, 20)[0][:, 2], Order(other, 32, 1).span(0, 20)[0][:, 2]
-    )
+    np.testing.assert_array_equal(Order(COUNTS, 32, 1).span(0, 20)[0][:, 2], Order(other, 32, 1).span(0, 20)[0][:, 2])
 
 
 def test_seed_lane_and_epoch_all_matter():

@@ -25,9 +25,7 @@ def prepared(draw) -> Prepared:
     seed = draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
     low, high = sorted((draw(st.integers(-32768, 32767)), draw(st.integers(-32768, 32767))))
-    labels = draw(
-        st.dictionaries(task_names, st.lists(st.integers(-1, 1), min_size=1, max_size=90), max_size=3)
-    )
+    labels = draw(st.dictionaries(task_names, st.lists(st.integers(-1, 1), min_size=1, max_size=90), max_size=3))
     return Prepared(
         signal=rng.integers(low, high + 1, (1000, 12)).astype(np.int16),
         valid=(start, draw(st.integers(1, 1000 - start))),
@@ -103,9 +101,7 @@ def test_what_is_encoded_is_decoded(p, leads):
 
 
 def test_bytes_do_not_depend_on_the_order_of_dicts_or_the_kind_of_nan():
-    one = example(
-        labels={"a": np.zeros(1, np.int8), "b": np.ones(2, np.int8)}, meta={"x": 1, "y": float("nan")}
-    )
+    one = example(labels={"a": np.zeros(1, np.int8), "b": np.ones(2, np.int8)}, meta={"x": 1, "y": float("nan")})
     odd_nan = float(np.array(0xFFC00001, np.uint32).view(np.float32))
     two = example(labels=dict(reversed(one.labels.items())), meta={"y": None, "x": np.int64(1)}, sex=odd_nan)
     assert schema.encode(one) == schema.encode(two)
@@ -153,9 +149,7 @@ def test_a_damaged_file_never_gives_a_wrong_record(tmp_path_factory, data):
     path, payloads = written(tmp_path_factory.mktemp("damaged"), 3)
     good = path.read_bytes()
     # Half of the damage goes to the headers and footers, which are a thousandth of the bytes.
-    edges = [
-        i for i in range(len(good)) if i % (len(good) // 3) < 40 or i % (len(good) // 3) > len(good) // 3 - 40
-    ]
+    edges = [i for i in range(len(good)) if i % (len(good) // 3) < 40 or i % (len(good) // 3) > len(good) // 3 - 40]
     at = data.draw(st.integers(0, len(good) - 1) | st.sampled_from(edges))
     kind = data.draw(st.sampled_from(["change", "cut", "insert", "remove"]))
     junk = data.draw(st.binary(min_size=1, max_size=9))
@@ -183,9 +177,7 @@ def test_a_damaged_file_never_gives_a_wrong_record(tmp_path_factory, data):
 @quick
 @given(
     st.binary(max_size=200)
-    | st.builds(
-        lambda n, b: schema.encode(example(), "8")[: 40 + n] + b, st.integers(0, 99), st.binary(max_size=60)
-    )
+    | st.builds(lambda n, b: schema.encode(example(), "8")[: 40 + n] + b, st.integers(0, 99), st.binary(max_size=60))
 )
 def test_decoding_nonsense_is_a_data_error(junk):
     with pytest.raises(DataError):

@@ -82,9 +82,7 @@ def test_subsets_and_exclusions_are_those_of_the_table(folder):
 
 
 def test_several_folders_align_as_in_a_table(folder, tmp_path):
-    source = tiny_source.source(
-        40, name="other-set", unit="z", splits=True, tasks={"main": ("b", "d")}, seed=5
-    )
+    source = tiny_source.source(40, name="other-set", unit="z", splits=True, tasks={"main": ("b", "d")}, seed=5)
     second = Path(convert(source, tmp_path, leads="8")["path"])
     table = tables.load([folder, second], "train", "main", labels=["d", "b", "a"])
     (found,) = run([folder, second], len(table), 0, steps=1, labels=["d", "b", "a"])
@@ -124,9 +122,7 @@ def tf():
 
 @pytest.mark.parametrize("leads", ["8", "12"])
 def test_tensorflow_reads_our_bytes(tf, tmp_path, leads):
-    records = [
-        example(i, labels={"x": np.array([1, 0, -1] * i, np.int8)}, quality=2**40 + i) for i in range(4)
-    ]
+    records = [example(i, labels={"x": np.array([1, 0, -1] * i, np.int8)}, quality=2**40 + i) for i in range(4)]
     path = tmp_path / "ours.tfrecord"
     path.write_bytes(b"".join(schema.frame(schema.encode(p, leads)) for p in records))
     for p, raw in zip(records, tf.data.TFRecordDataset(str(path)).as_numpy_iterator(), strict=True):
@@ -152,9 +148,7 @@ def test_we_read_tensorflows_bytes(tf, tmp_path):
         for p in records:
             ours = tf.train.Example.FromString(schema.encode(p))
             features = reversed(sorted(ours.features.feature.items()))
-            file.write(
-                tf.train.Example(features=tf.train.Features(feature=dict(features))).SerializeToString()
-            )
+            file.write(tf.train.Example(features=tf.train.Features(feature=dict(features))).SerializeToString())
     for p, payload in zip(records, schema.read_frames(path), strict=True):
         stored = schema.decode(payload)
         np.testing.assert_array_equal(stored["signal"], p.signal)

@@ -46,9 +46,7 @@ def test_a_table_holds_what_the_shards_hold(folder, split, task):
     np.testing.assert_array_equal(table.age, np.array([row["age"] for row in rows], np.float32))
     np.testing.assert_array_equal(table.sex, np.array([row["sex"] for row in rows], np.float32))
     assert table.record_ids == [row["record_id"] for row in rows]
-    np.testing.assert_array_equal(
-        table.lane, np.repeat([s.number % 8 for s in shards], [s.records for s in shards])
-    )
+    np.testing.assert_array_equal(table.lane, np.repeat([s.number % 8 for s in shards], [s.records for s in shards]))
     np.testing.assert_array_equal(table.record_hash, opened.index(split)["record"])
     np.testing.assert_array_equal(table.group_hash, opened.index(split)["group"])
     assert table.capacity == np.bincount(table.lane).max()
@@ -195,9 +193,7 @@ def test_the_card_counts_the_subsets_that_select_gives(folder, train):
         mask = select(train, Subset(entry["fraction"], offset=entry["offset"]))
         assert (entry["records"], entry["patients"]) == (mask.sum(), len(set(train["group"][mask].tolist())))
         if mask.any():
-            table = tables.load(
-                [folder], "train", "main", subset=Subset(entry["fraction"], offset=entry["offset"])
-            )
+            table = tables.load([folder], "train", "main", subset=Subset(entry["fraction"], offset=entry["offset"]))
             assert entry["positives"]["main"] == (table.labels == 1).sum(0).tolist()
 
 

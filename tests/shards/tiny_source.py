@@ -25,9 +25,7 @@ def read(items: Sequence[Item]) -> Iterator[Record | Refused]:
             one, two = signal[:, 0], signal[:, 1]
             signal[:, 2:6] = np.stack([two - one, -(one + two) / 2, one - two / 2, two - one / 2], 1)
         other = np.random.default_rng(where["number"])
-        labels = {
-            task: other.integers(-1, 2, len(names)).astype(np.int8) for task, names in where["tasks"].items()
-        }
+        labels = {task: other.integers(-1, 2, len(names)).astype(np.int8) for task, names in where["tasks"].items()}
         meta = {"bayes": {task: other.uniform(0.05, 0.95, len(n)) for task, n in where["tasks"].items()}}
         yield Record(
             signal=signal * where.get("gain", 1.0),

@@ -79,9 +79,7 @@ LEFT_CHANGE = {
     "t_peak": [-0.22, -0.01, -0.26],
 }
 # Centre and width of the QRS waves as a share of the QRS duration.
-PLAIN_TIMES = np.array(
-    [[0.19, 0.085], [0.35, 0.085], [0.49, 0.095], [0.64, 0.095], [0.81, 0.085], [0.9, 0.08]]
-)
+PLAIN_TIMES = np.array([[0.19, 0.085], [0.35, 0.085], [0.49, 0.095], [0.64, 0.095], [0.81, 0.085], [0.9, 0.08]])
 LEFT_TIMES = np.array([[0.09, 0.05], [0.24, 0.10], [0.45, 0.105], [0.68, 0.105], [0.85, 0.075], [0.9, 0.08]])
 HEALTHY_QRS = 0.088  # seconds; in right block the first part of the QRS keeps a healthy pace
 
@@ -104,9 +102,7 @@ def _changed(base: np.ndarray, change: dict[str, list[float]]) -> np.ndarray:
     return dipoles
 
 
-DIPOLES = np.stack(
-    [PLAIN_DIPOLES, _changed(PLAIN_DIPOLES, RIGHT_CHANGE), _changed(PLAIN_DIPOLES, LEFT_CHANGE)]
-)
+DIPOLES = np.stack([PLAIN_DIPOLES, _changed(PLAIN_DIPOLES, RIGHT_CHANGE), _changed(PLAIN_DIPOLES, LEFT_CHANGE)])
 
 
 @lru_cache(maxsize=1)
@@ -173,9 +169,7 @@ def _times(state: State, z: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarr
     centre, width = np.empty((len(qrs), len(WAVES))), np.empty((len(qrs), len(WAVES)))
     centre[:, QRS_WAVES] = share[:, :, 0] * pace[:, None]
     width[:, QRS_WAVES] = share[:, :, 1] * pace[:, None]
-    late = (
-        np.maximum(qrs - 0.070, 0.012) / 4.4
-    )  # width of the right ventricle's late wave, two of which end the QRS
+    late = np.maximum(qrs - 0.070, 0.012) / 4.4  # width of the right ventricle's late wave, two of which end the QRS
     right = state.pattern == RIGHT
     width[:, 7] = np.where(right, late, width[:, 7])
     centre[:, 7] = np.where(right, qrs - 1.9 * late, centre[:, 7])
@@ -222,9 +216,7 @@ def waves(state: State) -> Waves:
     size[:, 12:] += 0.12
     local = np.matmul(place, local_table).reshape(-1, len(WAVES), 8)
     weight += LOCAL_SIZE * size[:, :, None] * NEARNESS * local
-    swayed = np.stack(
-        [-dipoles[..., 1] - 0.7 * dipoles[..., 2], dipoles[..., 0], 0.7 * dipoles[..., 0]], axis=2
-    )
+    swayed = np.stack([-dipoles[..., 1] - 0.7 * dipoles[..., 2], dipoles[..., 0], 0.7 * dipoles[..., 0]], axis=2)
     sway = np.matmul(swayed, leads.transpose(0, 2, 1))
     gain = state.gain[:, None, None]
     return Waves(*(a.astype(np.float32) for a in (centre, width, weight * gain, sway * gain)))

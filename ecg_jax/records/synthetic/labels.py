@@ -122,9 +122,7 @@ def calibrate(teacher: float, tail: float, label_noise: float) -> tuple[float, .
     bisection on 65,536 reference records of fixed seed, some 2 s."""
     found = []
     for which, columns in ((1, range(len(CODE_LABELS))), (2, range(len(CODE_LABELS), len(LABELS)))):
-        settings = Settings(
-            population=which, seed=REFERENCE_SEED, teacher=teacher, tail=tail, label_noise=label_noise
-        )
+        settings = Settings(population=which, seed=REFERENCE_SEED, teacher=teacher, tail=tail, label_noise=label_noise)
         index = np.arange(REFERENCE)
         state = population.draw(settings, index, index)
         rule, offset = _rule_odds(settings, state), _offsets(settings, state)

@@ -56,9 +56,7 @@ def noise(settings: Settings, state: State, clean: np.ndarray) -> np.ndarray:
     draws = np.empty((count, ELECTRODES, bins, 2), np.float32)
     for row, index in enumerate(state.index.tolist()):
         hashing.generator(stream, index).standard_normal(dtype=np.float32, out=draws[row])
-    level = hashing.normals(
-        hashing.key("levels", settings.population, settings.seed), state.index, 3 * ELECTRODES + 4
-    )
+    level = hashing.normals(hashing.key("levels", settings.population, settings.seed), state.index, 3 * ELECTRODES + 4)
     uneven = np.exp(UNEVEN * level[:, : 3 * ELECTRODES]).reshape(-1, 3, ELECTRODES, 1).astype(np.float32)
     slow, fast = _spectra(size, device.pink)
     share = state.drift.astype(np.float32)[:, None, None]
@@ -94,14 +92,10 @@ def _add_pops(settings: Settings, state: State, leads: np.ndarray) -> None:
     """Adds to `leads` [n, T, 8] in place: an electrode's potential jumps and settles again, once or twice."""
     length = leads.shape[1]
     for row in np.flatnonzero(state.pops).tolist():
-        draw = hashing.generator(
-            hashing.key("pop", settings.population, settings.seed), int(state.index[row])
-        )
+        draw = hashing.generator(hashing.key("pop", settings.population, settings.seed), int(state.index[row]))
         for _ in range(int(draw.integers(1, 3))):
             electrode, first = int(draw.integers(ELECTRODES)), int(draw.integers(length - 10))
             size = POP_SIZE * np.exp(0.7 * draw.standard_normal()) * draw.choice([-1.0, 1.0])
             fade = 0.03 * np.exp(3 * draw.random())  # seconds
             course = size * np.exp(-np.arange(length - first) / RATE / fade)
-            leads[row, first:] += settings.noise * (course[:, None] * FROM_ELECTRODES[:, electrode]).astype(
-                np.float32
-            )
+            leads[row, first:] += settings.noise * (course[:, None] * FROM_ELECTRODES[:, electrode]).astype(np.float32)

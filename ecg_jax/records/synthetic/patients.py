@@ -24,9 +24,7 @@ def _repeat_cdf() -> np.ndarray:
 
 
 def _counts(settings: Settings, patients: int) -> np.ndarray:
-    u = hashing.uniforms(hashing.key("repeats", settings.population, settings.seed), np.arange(patients), 1)[
-        :, 0
-    ]
+    u = hashing.uniforms(hashing.key("repeats", settings.population, settings.seed), np.arange(patients), 1)[:, 0]
     return np.minimum(np.searchsorted(_repeat_cdf(), u), MOST - 1) + 1
 
 

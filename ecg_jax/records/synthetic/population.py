@@ -56,9 +56,7 @@ AGED = ("rhythm", "delay", "conduction", "ischaemia")  # traits that come with a
 AGE_EFFECT = 0.35
 OWN = ("snr", "drift", "mains", "gain", "flutter_size", "flutter_rate", "ectopy")
 OWN_UNIFORM = ("length", "swap", "pops", "atrial_ectopy", "start")
-PATTERN_SPREAD = (
-    0.5  # size of the people's spread in the modes' space, where a mode's own direction has size 1
-)
+PATTERN_SPREAD = 0.5  # size of the people's spread in the modes' space, where a mode's own direction has size 1
 PATTERN_STABILITY = 0.9
 
 
@@ -109,9 +107,7 @@ def mode_directions(mode: np.ndarray, settings: Settings) -> np.ndarray:
     return np.where(mode[:, None] == 0, 0.0, place * settings.mode_size)
 
 
-def _traits(
-    settings: Settings, index: np.ndarray, patient: np.ndarray
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _traits(settings: Settings, index: np.ndarray, patient: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
     names = (*MORPHOLOGY, *TRAITS)
     stability = np.array([MORPHOLOGY_STABILITY] * len(MORPHOLOGY) + list(TRAITS.values()))
     columns = len(names) + MODE_DIMS
@@ -192,9 +188,7 @@ def _rhythm(mixture: Mixture, device: Acquisition, trait: dict[str, np.ndarray])
     speed = _choose(trait["speed"], (mixture.fast, mixture.slow))
     sinus = np.choose(speed, [71 * np.exp(0.15 * z), 114 + 10 * z, 43.5 + 4 * z])
     rate = np.choose(kind, [sinus, 84 * np.exp(0.24 * z), 78 * np.exp(0.15 * z), 58 * np.exp(0.12 * z)])
-    cv = np.choose(
-        kind, [0.022 * wobble, 0.19 * wobble**0.4, 0.095 + 0.03 * trait["irregularity"], 0.012 * wobble]
-    )
+    cv = np.choose(kind, [0.022 * wobble, 0.19 * wobble**0.4, 0.095 + 0.03 * trait["irregularity"], 0.012 * wobble])
     rate = np.clip(rate + device.faster, 34, np.where(rhythm == FIBRILLATION, 150, 165))
     return {"rhythm": rhythm, "rate": rate, "rr_cv": np.clip(cv, 0.004, np.where(kind == 0, 0.1, 0.33))}
 
@@ -221,9 +215,7 @@ def _st_level(mixture: Mixture, trait: dict[str, np.ndarray]) -> np.ndarray:
     return np.where(low, -0.18 + 0.04 * trait["st"], 0.01 + 0.028 * trait["st"])
 
 
-def _ectopy(
-    mixture: Mixture, liability: np.ndarray, size: np.ndarray, u: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _ectopy(mixture: Mixture, liability: np.ndarray, size: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Shares of ventricular and of atrial premature beats."""
     ventricular = np.where(_choose(liability, (mixture.ventricular,)), 0.06 + 0.2 * ndtr(size), 0.0)
     atrial = np.where(u < 0.04, 0.06 + 0.1 * ndtr(-size), 0.0)

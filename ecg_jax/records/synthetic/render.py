@@ -18,9 +18,7 @@ AMPLITUDE_SD = 0.03  # of a wave's size from beat to beat
 P_JITTER = 0.004  # seconds
 T_JITTER = 0.004
 T_STRETCH = 0.22  # how much of a beat's own RR deviation its T wave follows
-ATRIAL_DIRECTION = np.array(
-    [[-0.35, 0.55, -0.75], [-0.1, 0.75, -0.25]]
-)  # dipoles of the two fibrillatory sources
+ATRIAL_DIRECTION = np.array([[-0.35, 0.55, -0.75], [-0.1, 0.75, -0.25]])  # dipoles of the two fibrillatory sources
 PAC_P = (0.75, -0.5)  # size of the two halves of a premature P wave
 
 

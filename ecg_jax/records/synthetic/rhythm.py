@@ -40,9 +40,7 @@ class Beats:
 def beats(settings: Settings, state: State) -> Beats:
     """The beats of the records in `state`."""
     normal = hashing.normals(hashing.key("rr", settings.population, settings.seed), state.index, BEATS + 2)
-    chance = hashing.uniforms(
-        hashing.key("beats", settings.population, settings.seed), state.index, BEATS + 2
-    )
+    chance = hashing.uniforms(hashing.key("beats", settings.population, settings.seed), state.index, BEATS + 2)
     mean = 60 / state.rate[:, None]
     cv = state.rr_cv[:, None]
     phase = 2 * np.pi * chance[:, BEATS:]

@@ -28,9 +28,7 @@ FALSE = 0.001  # chance of a diagnosis that is not there
 
 MODES = 65536
 ZIPF = 1.4
-TAIL_FROM = (
-    64  # modes beyond this many of the commonest are "the tail", four times as frequent in population 2
-)
+TAIL_FROM = 64  # modes beyond this many of the commonest are "the tail", four times as frequent in population 2
 MODE_DIMS = 24  # of the morphology space that the modes' directions live in
 
 WORLD = 1958  # key of the fixed anatomy, mode codes, teacher and label offsets: one world for all seeds
@@ -119,14 +117,10 @@ class Settings:
     population."""
 
     population: int = 1  # 1: the training population; 2: the out-of-distribution one
-    prevalence: str = (
-        "code"  # "code": as in CODE; "balanced": diagnoses ten times as frequent (demonstration only)
-    )
+    prevalence: str = "code"  # "code": as in CODE; "balanced": diagnoses ten times as frequent (demonstration only)
     seed: int = 0
     noise: float = 1.0  # factor on the amplitude of all noise, drift and pops; 0 gives the clean signal
     teacher: float = 1.6  # standard deviation, in logits, of the nonlinear morphology term
     tail: float = 1.6  # standard deviation, in logits, of the morphology modes' offsets
-    mode_size: float = (
-        1.0  # size of the modes' changes of the waveform; 0 makes the tail's offsets unlearnable
-    )
+    mode_size: float = 1.0  # size of the modes' changes of the waveform; 0 makes the tail's offsets unlearnable
     label_noise: float = 1.0  # factor on the probit widths (12 ms, 8 ms, 3/min, ...)

@@ -1,0 +1,165 @@
+"""From tables to the device: placed arrays, and the inputs of each dispatch.
+
+`ResidentFeed` sends row numbers only, since the records lie on the devices; `StreamFeed` sends batches,
+prepared two ahead by a thread. Both are pure functions of the step they are asked for, so going on after a
+stop, or back to an earlier step, is arithmetic. No model, no randomness of their own beyond the order.
+
+Invariant: a placed table is shared by all runs of the process that use the same table object on the same devices.
+"""
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ecg_jax.shards.resident import Order, lane_layout
+from ecg_jax.shards.tables import Table
+from ecg_jax.training import mesh as mesh_lib
+
+PREFETCH = 2  # batches ahead; more only hides variance and costs memory
+FIELDS = ("signal", "labels", "valid")
+
+Inputs = tuple[dict[str, jax.Array], Any, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A table on the devices.
+
+    rows    signal int16 [8, capacity, 1000, L], labels int8 [8, capacity, K], valid int32 [8, capacity, 2],
+            hash uint32 [8, capacity, 2] (high and low word of the record's hash), split over the devices by
+            lane
+    counts  int32 [8], records in each lane, on the host; `counts_there` the same on the devices
+    source  int64 [8, capacity], the table row at each place, -1 where there is none
+    """
+
+    rows: dict[str, jax.Array]
+    counts: np.ndarray
+    counts_there: jax.Array
+    source: np.ndarray
+
+    def in_table_order(self, by_place: np.ndarray) -> np.ndarray:
+        """Values [8, capacity or more, ...] by place, as [n, ...] in the order of the table."""
+        source = self.source
+        out = np.empty((int(self.counts.sum()), *by_place.shape[2:]), by_place.dtype)
+        out[source[source >= 0]] = by_place[:, : source.shape[1]][source >= 0]
+        return out
+
+
+_placed: dict[tuple[int, Mesh], Placed] = {}
+
+
+def place(table: Table, mesh: Mesh) -> Placed:
+    """Put a table on the devices of `mesh`; memoised for as long as the table object lives."""
+    key = id(table), mesh
+    if key not in _placed:
+        _placed[key] = _place(table, mesh)
+        weakref.finalize(table, _placed.pop, key, None)
+    return _placed[key]
+
+
+def _place(table: Table, mesh: Mesh) -> Placed:
+    lanes = lane_layout(table)
+    host = {name: getattr(lanes, name) for name in FIELDS} | {"hash": _words(lanes.record_hash)}
+    source = np.full(lanes.record_hash.shape, -1, np.int64)
+    for lane, count in enumerate(lanes.counts):
+        source[lane, :count] = np.flatnonzero(table.lane == lane)
+    rows = jax.device_put(host, mesh_lib.lanes_first(mesh))
+    return Placed(rows, lanes.counts, jax.device_put(lanes.counts, mesh_lib.replicated(mesh)), source)
+
+
+def _words(hashes: np.ndarray) -> np.ndarray:
+    """uint64 [...] -> uint32 [..., 2], high word first: there are no 64-bit integers on the device."""
+    return np.stack([hashes >> np.uint64(32), hashes & np.uint64(0xFFFFFFFF)], -1).astype(np.uint32)
+
+
+class ResidentFeed:
+    """Inputs of a dispatch as row numbers into placed arrays, in the lane order of the design."""
+
+    def __init__(self, placed: Placed, mesh: Mesh, batch: int, seed: int, scan: bool) -> None:
+        self._rows, self._mesh, self._scan = placed.rows, mesh, scan
+        self._order = Order(placed.counts, batch, seed)
+
+    def take(self, step: int, rates: np.ndarray) -> Inputs:
+        """(rows, inputs, rates) on the devices for the `len(rates)` steps from `step` on; see `step.build`."""
+        index, epoch = self._order.span(step, len(rates))
+        entries = [{"index": i, "epoch": e} for i, e in zip(index, epoch, strict=True)]
+        inputs = _send_entries(entries, self._mesh, self._scan)
+        return self._rows, inputs, _send_rates(rates, self._mesh, self._scan)
+
+    def close(self) -> None:
+        """Nothing to stop: this feed has no thread."""
+
+
+class StreamFeed:
+    """Inputs of a dispatch as whole batches from an iterator over shards, read and sent ahead by a thread."""
+
+    def __init__(self, batches: Callable[[int], Iterator[dict]], mesh: Mesh, scan: bool) -> None:
+        """`batches(start_step)` gives host batches: signal, labels, valid, record_hash uint64 [B],
+        epoch int32 [B].
+        """
+        self._batches, self._mesh, self._scan = batches, mesh, scan
+        self._thread: threading.Thread | None = None
+        self._next = -1
+
+    def take(self, step: int, rates: np.ndarray) -> Inputs:
+        """As `ResidentFeed.take`, with no rows. Another step than the one after the last restarts the stream."""
+        if step != self._next:
+            self.close()
+            self._start(step, len(rates))
+        ready = self._queue.get()
+        if isinstance(ready, BaseException):
+            raise ready
+        self._next = step + len(rates)
+        return {}, ready, _send_rates(rates, self._mesh, self._scan)
+
+    def close(self) -> None:
+        """Stop the thread."""
+        if self._thread is not None:
+            self._stop.set()
+            while self._thread.is_alive():  # it may stand at a full queue
+                try:
+                    self._queue.get(timeout=0.05)
+                except queue.Empty:
+                    pass
+            self._thread = None
+            self._next = -1
+
+    def _start(self, step: int, per_dispatch: int) -> None:
+        self._queue: queue.Queue = queue.Queue(PREFETCH)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(step, per_dispatch), name="feed", daemon=True)
+        self._thread.start()
+
+    def _run(self, step: int, per_dispatch: int) -> None:
+        out, stop = self._queue, self._stop
+        try:
+            entries = []
+            for batch in self._batches(step):
+                fields = {name: batch[name] for name in (*FIELDS, "epoch")}
+                entries.append(fields | {"hash": _words(batch["record_hash"])})
+                if len(entries) == per_dispatch:
+                    out.put(_send_entries(entries, self._mesh, self._scan))
+                    entries = []
+                if stop.is_set():
+                    return
+            out.put(RuntimeError("the stream of batches ended, which it never should"))
+        except Exception as error:  # to be raised where the batch is missed
+            out.put(error)
+
+
+def _send_entries(entries: list[dict], mesh: Mesh, scan: bool) -> Any:
+    if scan:
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *entries)
+        return jax.device_put(stacked, mesh_lib.lanes_second(mesh))
+    return jax.device_put(entries, mesh_lib.lanes_first(mesh))
+
+
+def _send_rates(rates: np.ndarray, mesh: Mesh, scan: bool) -> Any:
+    return jax.device_put(rates if scan else list(rates), mesh_lib.replicated(mesh))

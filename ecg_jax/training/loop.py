@@ -1,0 +1,208 @@
+"""The training loop, from a configuration to a finished run folder. Read it from top to bottom.
+
+It says when things happen. What happens is in `step` (the compiled programs), `recipe` (how long, at which
+rate), `feed` (input), `results` (reading and logging), `checkpoint`, and `finish` (test, eval log, summary).
+
+Invariants. The host never waits for the step that it has just sent: step n is read after step n + 1 has been
+dispatched, an evaluation likewise, so every decision falls at a fixed place in the order of steps.
+`metrics.jsonl` is a function of the run's identity: a run that was killed and started again leaves the same
+bytes as one that was not.
+"""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ecg_jax import config as config_lib
+from ecg_jax import progress
+from ecg_jax.config import Config
+from ecg_jax.errors import DivergedError, InterruptedRun
+from ecg_jax.evaluation import files
+from ecg_jax.models import ladder
+from ecg_jax.objectives import supervised
+from ecg_jax.shards.tables import Table
+from ecg_jax.training import data as data_lib
+from ecg_jax.training import finish, folder, metrics, optim, recipe, runtime, step
+from ecg_jax.training import mesh as mesh_lib
+from ecg_jax.training.checkpoint import Checkpoints
+from ecg_jax.training.feed import ResidentFeed, StreamFeed, place
+from ecg_jax.training.results import Results
+
+EVAL_BATCH = 256  # records per evaluation program, or the training batch if that is larger
+
+
+def train(
+    config: Config, run_dir: str | Path, *, tables: Mapping[str, Table] | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Train a run, go on with it, or return the summary of a finished one.
+
+    Args:
+        run_dir: the run folder; made if need be, gone on with if it holds the same run. tables: "train",
+        "val" and "test" (or what the configuration calls the last two), where they are in memory. The
+            same objects in several calls are put on the devices once.
+        quiet: no progress and no remarks on stderr.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        UsageError: a wrong configuration, or a folder that holds another run.
+        DataError: missing or damaged data, or no readable checkpoint.
+        DivergedError: too many non-finite steps in a row; the summary says so too.
+        InterruptedRun: SIGTERM or SIGINT came; the state is saved, the same call goes on from there.
+        MachineError: the disk refused.
+    """
+    run_dir = Path(run_dir)
+    with folder.claim(run_dir), runtime.stop_signals() as stop, contextlib.ExitStack() as at_end:
+        config = folder.adopt(run_dir, config)
+        return folder.finished(run_dir) or _train(config, run_dir, tables, quiet, stop, at_end)
+
+
+def _train(
+    config: Config, run_dir: Path, tables: Any, quiet: bool, stop: runtime.Stop, at_end: contextlib.ExitStack
+) -> dict[str, Any]:
+    # ------------------------------------------------------------------------------------------------ runtime
+    runtime.setup(config.train.cache_dir)
+    clock = metrics.Clock()
+    mesh = mesh_lib.make(config.train.lanes, config.train.devices, config.train.fsdp)
+    everywhere = mesh_lib.replicated(mesh)
+    cpu = mesh_lib.on_cpu(mesh)
+    block = cpu and mesh.size > 1  # an unbounded queue deadlocks the collectives of simulated devices
+    scan = not cpu and config.train.steps_per_dispatch > 1  # convolutions in a loop are pathological on CPU
+
+    # --------------------------------------------------------------------------------------------------- data
+    arch = ladder.get(config.model.rung, norm=config.model.norm, dropout=config.model.dropout)  # wrong ones fail early
+    with clock.of("data"):
+        data = data_lib.load(config, tables, mesh, quiet)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, loader=data.loader))
+        val = place(data.val, mesh)
+        if data.train is not None:
+            feed = ResidentFeed(place(data.train, mesh), mesh, config.train.batch, config.train.seed, scan)
+            data = dataclasses.replace(data, train=None)  # the devices have it: the host's copy may go
+        else:
+            feed = StreamFeed(data.stream, mesh, scan)
+        at_end.callback(feed.close)
+
+    # ------------------------------------------------------------------------------------- model and programs
+    labels = data.val.label_names
+    model, precision = config.model, config.train.precision
+    objective = supervised.make(arch, len(labels), scale=model.scale, crop=model.crop, dtype=precision)
+    folder.check_data(run_dir, data.facts)
+    files.write(run_dir / folder.CONFIG, config_lib.to_json(config))
+    at_once = max(config.train.batch, EVAL_BATCH)
+    programs = step.build(objective, len(labels), mesh, at_once, config.train.lanes, scan)
+
+    # -------------------------------------------------------------------------------------------------- state
+    # Rate, decay, clipping and seed are arguments of the programs: another value is no other compilation.
+    hyper = jax.device_put(optim.hyper(config.optim), everywhere)
+    seed = jax.device_put(np.uint32(config.train.seed), everywhere)
+    state = programs.init(seed, jax.device_put(data.prior, everywhere))
+    control = recipe.Controller(recipe.plan(config, data.records, len(data.val)))
+
+    # ------------------------------------------------------------------------------------------------- resume
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint)
+    both = {"state": programs.abstract._asdict(), "best": programs.abstract._asdict()}
+    at_end.callback(checkpoints.close)
+    saved = checkpoints.restore(both)
+    host = saved[2] if saved else {"offset": 0, "resumes": -1}
+    log = metrics.Log(run_dir / folder.METRICS, host["offset"])
+    timing = metrics.Log(run_dir / folder.TIMING, None if saved else 0)
+    at_end.callback(log.close)
+    at_end.callback(timing.close)
+    resumes = host["resumes"] + 1
+    if saved:
+        control.resume(host["control"])
+        clock.resume(host["clock"])
+        state = step.State(**saved[1]["state"])
+        timing.write({"resumed": resumes, "update": control.update})
+        if not quiet:
+            print(f"{run_dir}: going on after update {control.update}", file=sys.stderr)
+    results = Results(control, log, timing, clock, config.train.log_every, config.train.batch)
+    if saved:
+        results.resume(host["results"], step.State(**saved[1]["best"]) if host["has_best"] else None)
+
+    def evaluate() -> None:
+        candidate = programs.copy(state)  # the loop goes on and gives `state` away before the result is known
+        *_, (sums, _) = step.evaluate(programs, candidate.params, val, mesh)
+        results.sent_evaluation(sums, candidate)
+
+    def save(wait: bool = False) -> None:
+        with clock.of("checkpoint"):
+            results.read()
+            best = results.best if results.best is not None else state
+            checkpoints.save(
+                control.update,
+                {"state": programs.copy(state)._asdict(), "best": best._asdict()},
+                {
+                    "control": control.to_json(),
+                    "clock": clock.spent(),
+                    "results": results.to_json(),
+                    "has_best": results.best is not None,
+                    "offset": log.offset(),
+                    "resumes": resumes,
+                },
+                wait,
+            )
+
+    # --------------------------------------------------------------------------------------------------- loop
+    run = finish.Run(config, run_dir, mesh, data, arch, objective.dtype, programs, control, results, clock, resumes)
+    try:
+        if control.update == 0:
+            evaluate()  # the untrained model, where every trajectory begins
+        for _ in _until_end(control, "" if quiet else f"train {run_dir.name}"):
+            # Send a dispatch; then, and only then, read what was sent before it.
+            rates = control.rates()
+            with clock.of("input_wait"):
+                rows, inputs, there = feed.take(control.step, rates)
+            state, values = programs.step(state, rows, inputs, there, hyper, seed)
+            if block:
+                jax.block_until_ready(values)
+            control.advance()
+            results.sent_steps(values, float(rates[-1]))
+            results.read(keep=1)
+
+            # Evaluate; stop, go back to the best state, decay, or end, as the recipe says.
+            if control.eval_due() and not control.wants_to_stop():
+                evaluate()
+            if control.phase_over() or control.wants_to_stop():
+                results.read()
+                results.end_line()
+                if control.end_phase():
+                    state = programs.copy(results.selected())
+
+            # Save when it is time to, or when told to stop, but not between an evaluation and its reading.
+            if control.phase != "end" and not results.evaluating():
+                if stop.signal:
+                    save(wait=True)
+                    raise InterruptedRun(
+                        f"{run_dir}: {stop.signal} after step {control.step}, saved; run it again to go on"
+                    )
+                if checkpoints.due(control.update, control.plan.dispatch):
+                    save()
+        results.selected()
+    except DivergedError as error:
+        finish.diverged(run)
+        raise DivergedError(f"{run_dir}: {error}") from None
+    except InterruptedRun:
+        finish.interrupted(run)
+        raise
+
+    # ------------------------------------------------------------------------------------------------- finish
+    return finish.done(run, state)
+
+
+def _until_end(control: recipe.Controller, shown_as: str) -> Iterator[None]:
+    """Once per dispatch until the recipe is at its end, with a progress bar unless `shown_as` is empty."""
+
+    def going() -> Iterator[None]:
+        while control.phase != "end":
+            yield
+
+    most = control.plan.budget // control.plan.dispatch
+    return progress.track(going(), shown_as, most, "dispatches at most") if shown_as else going()

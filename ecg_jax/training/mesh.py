@@ -1,0 +1,81 @@
+"""The device mesh and where arrays lie on it.
+
+One mesh `("data", "fsdp")` for every run; both axes split the batch, `fsdp` also splits large parameters.
+Says nothing about what is computed. Invariant: the lanes of the data are split evenly, so the batch that a
+step sees does not depend on the number of devices.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ecg_jax.errors import UsageError
+
+AXES = ("data", "fsdp")
+FSDP_BYTES = 4 << 20  # smaller arrays are kept whole on every device: splitting them costs more than it saves
+
+
+def make(lanes: int = 8, devices: int = 0, fsdp: int = 1) -> Mesh:
+    """A mesh over the first `devices` devices (0: all), `fsdp` of which share a copy of the large arrays.
+
+    Raises:
+        UsageError: more devices than there are, or a number that does not divide the lanes; names the ones
+        that work.
+    """
+    present = jax.devices()
+    count = devices or len(present)
+    valid = [n for n in range(1, lanes + 1) if lanes % n == 0 and n <= len(present)]
+    if count not in valid:
+        raise UsageError(
+            f"train.devices = {count} ({len(present)} present) does not divide the {lanes} lanes of the "
+            f"data; set train.devices to one of {', '.join(map(str, valid))}"
+        )
+    if count % fsdp:
+        divisors = [n for n in range(1, count + 1) if count % n == 0]
+        raise UsageError(
+            f"train.fsdp = {fsdp} does not divide the {count} devices; use one of {', '.join(map(str, divisors))}"
+        )
+    # Auto stated: since jax 0.9 the default is Explicit, which wants shardings inside the models.
+    return jax.make_mesh((count // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=present[:count])
+
+
+def lanes_first(mesh: Mesh) -> NamedSharding:
+    """First axis (lanes, or examples in lane order) over all devices."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def lanes_second(mesh: Mesh) -> NamedSharding:
+    """Second axis over all devices: inputs of several steps, stacked."""
+    return NamedSharding(mesh, PartitionSpec(None, AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def state_shardings(abstract: Any, mesh: Mesh) -> Any:
+    """For a tree of abstract arrays: large ones split over `fsdp` along their largest divisible axis,
+    others whole.
+    """
+    parts = mesh.shape["fsdp"]
+
+    def place(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
+        if parts == 1 or leaf.size * leaf.dtype.itemsize < FSDP_BYTES or not axes:
+            return replicated(mesh)
+        widest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*(None,) * widest, "fsdp"))
+
+    return jax.tree.map(place, abstract)
+
+
+def on_cpu(mesh: Mesh) -> bool:
+    """Whether the mesh is made of (possibly simulated) CPU devices."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def describe(mesh: Mesh) -> str:
+    """The devices in words, as `4 x NVIDIA H200` or `1 x cpu`."""
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"

@@ -1,0 +1,160 @@
+"""Results that come back from the devices: read late, in order, turned into log lines and the best state.
+
+The loop says what it has sent and how many results may stay unread; it decides nothing here. Invariant: what
+is written and what the controller is told depends on the order of sending alone, never on when a result was
+ready.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ecg_jax.errors import DivergedError
+from ecg_jax.training import metrics
+from ecg_jax.training.recipe import Controller
+from ecg_jax.training.step import State
+
+BAD_STEPS = 20  # non-finite steps in a row that end a run as diverged
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A dispatched computation whose result has not been read: steps, or the evaluation of `candidate`."""
+
+    step: int
+    update: int
+    phase: str
+    lr: float
+    values: Any
+    candidate: State | None
+
+
+class Results:
+    """The queue of unread results of one run, and what the read ones amount to.
+
+    best is the state with the lowest loss on `val` (None before the first), last_loss the mean training loss of the
+    last line written.
+    """
+
+    def __init__(
+        self,
+        control: Controller,
+        log: metrics.Log,
+        timing: metrics.Log,
+        clock: metrics.Clock,
+        log_every: int,
+        batch: int,
+    ) -> None:
+        self.best: State | None = None
+        self.last_loss: float | None = None
+        self._control, self._log, self._timing, self._clock = control, log, timing, clock
+        self._every, self._batch = log_every, batch
+        self._window = metrics.Window()
+        self._queue: deque[Sent] = deque()
+        self._newest: Sent | None = None  # of the steps read
+        self._line_began = clock.spent() | {"update": control.update}
+
+    def sent_steps(self, values: list[dict[str, Any]], lr: float) -> None:
+        """The dispatch that the controller has just been advanced by; `lr` is its last step's rate."""
+        control = self._control
+        self._queue.append(Sent(control.step, control.update, control.phase, lr, values, None))
+
+    def sent_evaluation(self, sums: Any, candidate: State) -> None:
+        """An evaluation of `candidate`, which must be a copy that nobody changes."""
+        control = self._control
+        self._queue.append(Sent(control.step, control.update, control.phase, 0.0, sums, candidate))
+
+    def evaluating(self) -> bool:
+        """Whether an evaluation has been sent and not read."""
+        return any(sent.candidate is not None for sent in self._queue)
+
+    def read(self, keep: int = 0) -> None:
+        """Read results in the order of sending until `keep` are left.
+
+        Raises:
+            DivergedError: `BAD_STEPS` non-finite steps in a row.
+        """
+        while len(self._queue) > keep:
+            sent = self._queue.popleft()
+            if sent.candidate is None:
+                self._take_steps(sent)
+            else:
+                self._take_evaluation(sent)
+
+    def end_line(self) -> None:
+        """Write a line for the steps since the last one, if there are any."""
+        if self._newest is not None and not self._window.empty():
+            self._write_line(self._newest)
+
+    def selected(self) -> State:
+        """The best state.
+
+        Raises:
+            DivergedError: no evaluation gave a finite loss.
+        """
+        if self.best is None:
+            raise DivergedError("diverged: no loss on val was finite; lower optim.lr")
+        return self.best
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint needs; everything sent must have been read."""
+        return {"window": self._window.sums, "last_loss": self.last_loss}
+
+    def resume(self, saved: dict[str, Any], best: State | None) -> None:
+        """Inverse of `to_json`."""
+        self._window, self.last_loss, self.best = metrics.Window(saved["window"]), saved["last_loss"], best
+        self._line_began = self._clock.spent() | {"update": self._control.update}
+
+    def _take_steps(self, sent: Sent) -> None:
+        parts = [{name: np.atleast_1d(v) for name, v in part.items()} for part in metrics.read(sent.values)]
+        steps = {name: np.concatenate([part[name] for part in parts]).tolist() for name in parts[0]}
+        count = len(steps["loss"])
+        self._newest = sent
+        for i in range(count):
+            self._window.add({name: values[i] for name, values in steps.items()})
+            if steps["row"][i] >= BAD_STEPS:
+                raise DivergedError(
+                    f"diverged: {BAD_STEPS} steps in a row were not finite, the last at step "
+                    f"{sent.step - count + i + 1} (learning rate {sent.lr:.3g}); lower optim.lr"
+                )
+        if sent.update // self._every > (sent.update - count) // self._every:
+            self._write_line(sent)
+
+    def _take_evaluation(self, sent: Sent) -> None:
+        with self._clock.of("eval"):
+            loss = mean_loss(metrics.read(sent.values))
+        if self._control.saw(sent.step, sent.update, loss):
+            self.best = sent.candidate
+        self._log.write(self._where(sent) | {"val/loss": loss, "val/best": self._control.best_loss})
+
+    def _write_line(self, sent: Sent) -> None:
+        means = self._window.mean()
+        self.last_loss = means["loss"]
+        named = {f"train/{name}": value for name, value in means.items() if name != "row"}
+        self._log.write(self._where(sent) | {"lr": sent.lr} | named)
+
+        now, began = self._clock.spent() | {"update": sent.update}, self._line_began
+        passed = {name: now[name] - began[name] for name in now}
+        busy = max(passed["train"] + passed["input_wait"], 1e-9)
+        self._timing.write(
+            {
+                "update": sent.update,
+                "ecg_per_s": passed["update"] * self._batch / busy,
+                "input_wait_frac": passed["input_wait"] / busy,
+                "wall": now["wall"],
+            }
+        )
+        self._line_began = now
+
+    def _where(self, sent: Sent) -> dict[str, Any]:
+        epoch = sent.step / self._control.plan.epoch
+        return {"step": sent.step, "update": sent.update, "phase": sent.phase, "epoch": epoch}
+
+
+def mean_loss(sums: np.ndarray) -> float:
+    """Sums [2, K] of losses and of known labels -> mean over the labels that occur, nats (NaN without any)."""
+    total, known = np.asarray(sums, np.float64)
+    seen = known > 0
+    return float(np.mean(total[seen] / known[seen])) if seen.any() else float("nan")
