@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ecg-jax",
         description="Scaling studies of electrocardiogram models: raw ECG to shards to encoders to laws.",
-        epilog="Exit codes: 0 done, 2 usage, 3 bad input data, 4 diverged, 5 the machine, 75 interrupted (run it again).",
+        epilog="Exit codes: 0 done, 2 usage, 3 bad input, 4 diverged, 5 the machine, 75 interrupted (run it again).",
     )
     parser.add_argument("--version", action="version", version=f"ecg-jax {__version__}")
     commands = parser.add_subparsers(title="stages", metavar="COMMAND", required=True)

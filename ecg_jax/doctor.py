@@ -99,9 +99,10 @@ def _caches(problems: list[str]) -> dict[str, str]:
 def report_lines(result: dict) -> list[str]:
     """The findings as lines for a terminal."""
     machine = result["machine"]
+    memory, disk = machine["memory_gib"], machine["free_disk_gib"]
     lines = [
         f"ecg_jax {result['ecg_jax']}   Python {result['python']}   {sys.platform} {platform.machine()}",
-        f"machine   {machine['cores']} cores, {machine['memory_gib']} GiB memory, {machine['free_disk_gib']} GiB disk free",
+        f"machine   {machine['cores']} cores, {memory} GiB memory, {disk} GiB disk free",
         *(f"device    {line}" for line in result["devices"]),
         *(f"cache     {name}: {place}" for name, place in result["caches"].items()),
     ]

@@ -68,13 +68,11 @@ def card_lines(card: dict) -> list[str]:
     """The card as lines for a terminal."""
     lines = [f"{card['name']} {card['version']}   {card.get('path', '')}".rstrip()]
     rate, leads = card["rate"], card["leads"]
-    lines.append(
-        f"  {len(leads)} leads at {rate} Hz, unit {card['unit']}, filter chain {card['chain']['name']}, R peaks {card['detector']}"
-    )
+    made = f"unit {card['unit']}, filter chain {card['chain']['name']}, R peaks {card['detector']}"
+    lines.append(f"  {len(leads)} leads at {rate} Hz, {made}")
     for split, counts in card["splits"].items():
-        lines.append(
-            f"  {split:5} {counts['records']:>9,} records  {counts['patients']:>9,} groups  {counts['shards']:>5} shards"
-        )
+        records, groups, shards = counts["records"], counts["patients"], counts["shards"]
+        lines.append(f"  {split:5} {records:>9,} records  {groups:>9,} groups  {shards:>5} shards")
     refused = card.get("refused", {})
     if refused:
         total = sum(refused.values())

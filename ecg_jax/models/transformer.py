@@ -1,10 +1,10 @@
 """Transformer encoder on patches of the signal: pre-LN, GELU, learned lead and time tables, a cls token.
 
 The record is cut into patches of `config.patch` samples per lead, lead by lead, so token (lead, patch) stands at
-lead * patches + patch, after cls (with several leads per token, read "group of leads" for lead). Tokens without a valid
-sample are hidden from attention and have weight 0. The parameters of the layers are stacked, [layers, ...], and the same
-whether the layers run in `lax.scan` or unrolled. Row 0 of either table is kept for padding tokens of inputs that have
-such, and the mask vector for masked-prediction objectives. No head.
+lead * patches + patch, after cls (with several leads per token, read "group of leads" for lead). Tokens without a
+valid sample are hidden from attention and have weight 0. The parameters of the layers are stacked, [layers, ...], and
+the same whether the layers run in `lax.scan` or unrolled. Row 0 of either table is kept for padding tokens of inputs
+that have such, and the mask vector for masked-prediction objectives. No head.
 
 Shapes: B records, T samples, P patches per lead, N = lead groups * P tokens, S = N + 1 with cls, D width, H heads.
 """
