@@ -8,12 +8,12 @@ as the benchmark has.
 
 import ast
 import math
-from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ecg_jax.datasets import check_options
+from ecg_jax.datasets.reading import read_items
 from ecg_jax.datasets.source import Item, Source
 from ecg_jax.datasets.table import (
     Table,
@@ -26,8 +26,6 @@ from ecg_jax.datasets.table import (
     read_table,
 )
 from ecg_jax.errors import DataError, UsageError
-from ecg_jax.records.readers import read_wfdb
-from ecg_jax.records.record import Record, Refused
 
 TASKS = {"superclass": 5, "subclass": 23, "form": 19, "rhythm": 12, "diagnostic": 44}
 FOLDS = "1-8/9/10"
@@ -48,7 +46,8 @@ def open_ptbxl(source_dir: Path, options: dict[str, str]) -> Source:
     """
     check_options("ptbxl", options, OPTIONS)
     folds = parse_folds(options.get("folds", FOLDS))
-    statements = _statements(read_table(source_dir / "scp_statements.csv"))
+    codes_table = read_table(source_dir / "scp_statements.csv")
+    statements = _statements(codes_table)
     table = read_table(source_dir / "ptbxl_database.csv")
     need_columns(table, _COLUMNS)
     names = {task: tuple(sorted(set(codes.values()))) for task, codes in statements.items()}
@@ -89,6 +88,7 @@ def open_ptbxl(source_dir: Path, options: dict[str, str]) -> Source:
         }
         items.append(Item(record_id, patient or record_id, split, where))
     about: dict[str, Any] = {
+        "tables_sha256": {one.path.name: one.digest() for one in (table, codes_table)},
         "folds": options.get("folds", FOLDS),
         "rate": rate,
         "rate_reason": _reason(options.get("rate"), rate, at_500, len(table.rows)),
@@ -103,34 +103,7 @@ def open_ptbxl(source_dir: Path, options: dict[str, str]) -> Source:
         "doi": "10.1038/s41597-020-0495-6",
     }
     version = "1.0.1" if seen & _WITHDRAWN else "1.0.3"
-    return Source("ptbxl", version, "mV", names, tuple(items), partial(_read, source_dir), about)
-
-
-def _read(source_dir: Path, items: Sequence[Item]) -> Iterator[Record | Refused]:
-    for item in items:
-        where = item.where
-        try:
-            reading = read_wfdb(source_dir / where["path"])
-        except Refused as refusal:
-            yield refusal
-            continue
-        yield Record(
-            signal=reading.signal,
-            rate=reading.rate,
-            record_id=item.record_id,
-            group=item.group,
-            patient_id=where["patient"],
-            age=where["age"],
-            sex=where["sex"],
-            labels=where["labels"],
-            time=where["time"],
-            device=where["device"],
-            source=reading.source,
-            split=item.split,
-            unit="mV",
-            quality=reading.quality,
-            meta=reading.meta(),
-        )
+    return Source("ptbxl", version, "mV", names, tuple(items), partial(read_items, source_dir, "mV", True), about)
 
 
 def _statements(table: Table) -> dict[str, dict[str, str]]:

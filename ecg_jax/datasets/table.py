@@ -6,6 +6,7 @@ cell is unknown.
 """
 
 import csv
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[dict[str, str], ...]
     lines: tuple[int, ...]
+
+    def digest(self) -> str:
+        """sha256 of the file, for `about`: a conversion that was made with other labels is never taken for this one."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     def where(self, i: int) -> str:
         """ "file:line" of row i, for messages."""

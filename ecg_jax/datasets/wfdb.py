@@ -28,7 +28,6 @@ Options (`--option key=value`):
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,11 +36,11 @@ import numpy as np
 
 from ecg_jax.datasets import check_options
 from ecg_jax.datasets.locate import locate, template_columns
+from ecg_jax.datasets.reading import read_items
 from ecg_jax.datasets.source import Item, Source
 from ecg_jax.datasets.table import Table, age, identifier, multi_hot, number, parse_folds, read_table
 from ecg_jax.errors import DataError, UsageError, did_you_mean
-from ecg_jax.records.readers import read_wfdb
-from ecg_jax.records.record import UNKNOWN, Record, Refused
+from ecg_jax.records.record import UNKNOWN
 
 # Columns with a role and the name each has unless told otherwise.
 ROLES = {
@@ -107,6 +106,7 @@ def open_wfdb(source_dir: Path, options: dict[str, str]) -> Source:
     about: dict[str, Any] = {
         "options": dict(sorted(options.items())),
         "table": table.path.name,
+        "table_sha256": table.digest(),
         "rows": len(ids),
         "outside_folds": outside,
         "unlabelled": {task: unlabelled[task] for task in names},
@@ -114,35 +114,7 @@ def open_wfdb(source_dir: Path, options: dict[str, str]) -> Source:
         "splits": dict(Counter(item.split or "by hash of the patient" for item in items)),
         **about_files,
     }
-    return Source(name, version, unit, names, tuple(items), partial(_read, source_dir, unit, checksums), about)
-
-
-def _read(source_dir: Path, unit: str, checksums: bool, items: Sequence[Item]) -> Iterator[Record | Refused]:
-    for item in items:
-        where = item.where
-        try:
-            if where["path"] is None:
-                raise Refused("missing-file", f"no header for {item.record_id} under {source_dir}")
-            reading = read_wfdb(source_dir / where["path"], unit, checksums)
-        except Refused as refusal:
-            yield refusal
-            continue
-        yield Record(
-            signal=reading.signal,
-            rate=reading.rate,
-            record_id=item.record_id,
-            group=item.group,
-            patient_id=where["patient"],
-            age=where["age"],
-            sex=where["sex"],
-            labels=where["labels"],
-            time=reading.time,
-            source=reading.source,
-            split=item.split,
-            unit=unit,
-            quality=reading.quality,
-            meta=reading.meta(),
-        )
+    return Source(name, version, unit, names, tuple(items), partial(read_items, source_dir, unit, checksums), about)
 
 
 def _one_of(options: dict[str, str], key: str, known: tuple[str, str]) -> str:

@@ -65,9 +65,8 @@ def done(run: Run, last: step.State) -> dict[str, Any]:
         last_logits = logits if same else _predict(run, last.params, test)
         thresholds = scores.best_f1_threshold(_predict(run, best.params, val), data.val.labels)
 
-        # The scorer knows the domains of probes; one of them stands for all labels, its rows become "id".
         names = list(data.test.label_names)
-        scored = ScoredSet(data.test, names, ["ood_seen"] * len(names), data.prior, LEVEL)
+        scored = ScoredSet(data.test, names, ["id"] * len(names), data.prior, LEVEL)
         resamples = bootstrap.draw(data.test.group_hash, RESAMPLES)
         report = scored.report(bootstrap.spreads(logits, data.test.labels, thresholds, resamples), thresholds)
         at_last = scores.macro(scores.bce(last_logits, data.test.labels))[0]
@@ -89,7 +88,7 @@ def done(run: Run, last: step.State) -> dict[str, Any]:
             names,
         )
         export.save_encoder(run.run_dir, run.arch, params["encoder"], _about_encoder(run, summary))
-        rows = [row | {"domain": "id"} for row in scored.rows(report, _columns(run, summary))]
+        rows = scored.rows(report, _columns(run, summary))
         rows.append(_last_row(run, summary, at_last, macro))
         evalog.append(run.run_dir / folder.EVALS, rows)
     return _write(run, summary)
