@@ -10,6 +10,7 @@ The Bayes risk of the simulated labels is known, so the excess over it is measur
 of the path and of the fitter, not a study of anything.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -203,15 +204,15 @@ def _study(out: Path, rungs: tuple[str, ...], seed: int, say: Callable[[str], No
     folder, shifted = out / "data" / "synthetic", out / "data" / "synthetic_ood"
     labels = tuple(LABELS)
     held = {split: tables.load([folder], split, "code", labels=labels) for split in ("val", "test")}
-    arcs = {n: Subset(records=n) for n in RECORDS}
-    subsets = {n: tables.load([folder], "train", "code", labels=labels, subset=arc) for n, arc in arcs.items()}
     other = {split: tables.load([shifted], split, "ood") for split in ("train", "val", "test")}
-    for cell in (cell for rung in rungs for cell in grid(rung, seed)):
-        run = out / "runs" / cell.name
-        splits = held | {"train": subsets[cell.records]}
-        summary = train(config.override(config.Config(), settings(cell, folder)), run, tables=splits, quiet=True)
-        loss, took = summary["losses"]["test"], summary["seconds"]["wall"]
-        what = f"{cell.rung} ({summary['n_params']:,} parameters) on {cell.records:,} records"
-        say(f"{what}: test loss {loss:.4f} ({took:.0f} s)")
-        if not (run / "probes" / "synthetic_ood-ood.json").exists():
-            probe_run(run, shifted, "ood", tables=other, bootstrap=200)
+    cells = sorted((cell for rung in rungs for cell in grid(rung, seed)), key=lambda cell: cell.records)
+    for records, same in itertools.groupby(cells, key=lambda cell: cell.records):  # one training table at a time
+        held["train"] = tables.load([folder], "train", "code", labels=labels, subset=Subset(records=records))
+        for cell in same:
+            run = out / "runs" / cell.name
+            summary = train(config.override(config.Config(), settings(cell, folder)), run, tables=held, quiet=True)
+            loss, took = summary["losses"]["test"], summary["seconds"]["wall"]
+            what = f"{cell.rung} ({summary['n_params']:,} parameters) on {records:,} records"
+            say(f"{what}: test loss {loss:.4f} ({took:.0f} s)")
+            if not (run / "probes" / "synthetic_ood-ood.json").exists():
+                probe_run(run, shifted, "ood", tables=other, bootstrap=200)
