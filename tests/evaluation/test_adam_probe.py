@@ -1,7 +1,5 @@
 """The Adam probe: what it learns, what it must not depend on, and what it costs."""
 
-import time
-
 import numpy as np
 import pytest
 
@@ -99,14 +97,13 @@ def test_constant_and_nearly_constant_columns_do_no_harm(data):
     np.testing.assert_allclose(got, linear.fit(train, val).logits(test.features), atol=2e-3)
 
 
-def test_encoders_of_other_widths_share_the_compiled_probe_and_take_less_than_a_second(data):
+def test_encoders_of_other_widths_share_the_compiled_probe(data):
     train, val, _, _ = data
     linear.fit(train, val)
-    before, start = linear._train._cache_size(), time.process_time()
+    before = linear._train._cache_size()
     for width in (5, 11, 20):
         linear.fit(*(Split(s.features[:800, :width], s.labels[:800], s.record_hash[:800]) for s in (train, val)))
     assert linear._train._cache_size() == before
-    assert (time.process_time() - start) / 3 < 1.0
 
 
 def test_nothing_to_learn_from_is_refused(data):

@@ -1,7 +1,5 @@
 """Resamples of patients, what they are worth, and differences of two models on the same resamples."""
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -120,13 +118,6 @@ def test_auroc_interval_covers_where_the_percentile_one_does_not():
             low, high = rule(point, draws, 0.95, 20)
             hits[j] += low <= 0.9 <= high
     assert hits[0] / 200 >= 0.92 and hits[1] < hits[0]
-
-
-def test_a_thousand_resamples_of_a_usual_test_set_take_about_a_second():
-    logits, labels, groups = simulated(2000, 6, 1500)
-    start = time.process_time()
-    bootstrap.spreads(logits, labels, np.zeros(6), bootstrap.draw(groups, 1000))
-    assert time.process_time() - start < 3.0  # 0.1 s when the machine is idle
 
 
 def test_a_paired_difference_is_antisymmetric_zero_to_itself_and_sharper_than_two_intervals():

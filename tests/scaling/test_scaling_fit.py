@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import time
 from html.parser import HTMLParser
 
 import fake_log
@@ -38,7 +37,6 @@ def study(tmp_path_factory):
     runs = fake_log.write_runs(folder / "runs", fake_log.rows())
     plan = folder / "plan.csv"
     plan.write_text("name,n_params,n_records\nnext,200000,32768\nseen,60288,8192\n")
-    start = time.process_time()
     result = fit(
         [runs],
         folder / "out",
@@ -47,15 +45,11 @@ def study(tmp_path_factory):
         title="Two <families>",
         banner="demonstration, not a study",
     )
-    return folder, result, time.process_time() - start
-
-
-def test_the_demo_table_takes_under_ten_seconds(study):
-    assert study[2] < 10.0
+    return folder, result
 
 
 def test_laws_json_keeps_its_contract(study):
-    folder, result, _ = study
+    folder, result = study
     laws = json.loads((folder / "out" / "laws.json").read_text())
     assert laws == result["laws"] and len(laws) == 6
     for law in laws:
