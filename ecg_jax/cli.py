@@ -273,6 +273,8 @@ def _fit(commands) -> None:
     parser.add_argument("--level", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--columns", default="", metavar="n_params=N,value=loss", help="names of the table's columns")
+    parser.add_argument("--melt", default="", metavar="loss_id,loss_ood_a", help="loss columns of a wide table")
+    parser.add_argument("--metric", help="of several in the table, the one to fit")
     parser.add_argument("--predict", type=Path, metavar="TABLE", help="runs planned or held back, to be predicted")
     parser.add_argument("--title", help="heading of the report")
     parser.add_argument("--json", action="store_true")
@@ -291,6 +293,8 @@ def _run_fit(args: argparse.Namespace) -> int:
         level=args.level,
         seed=args.seed,
         columns=_key_values([pair for pair in args.columns.split(",") if pair]),
+        melt=[name for name in args.melt.split(",") if name],
+        metric=args.metric,
         predict=args.predict,
         title=args.title,
     )
