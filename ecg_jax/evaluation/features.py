@@ -17,19 +17,17 @@ from zipfile import BadZipFile
 import jax
 import numpy as np
 
-from ecg_jax import progress
+from ecg_jax import files, progress
 from ecg_jax.errors import DataError, DivergedError
-from ecg_jax.evaluation import files
 
 DIGITS = 16  # hex digits of a hash in a file name
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """config: the architecture's; params: what the objective's `features` needs, {"encoder": tree} and with
-    BatchNorm
-    "stats"; info: what `training.export` stored with it; digest: hash of everything that decides the
-    features.
+    """config: the architecture's; params: what the objective's `features` needs, {"encoder": tree} (running
+    statistics of BatchNorm included); info: what `training.export` stored with it; digest: hash of everything that
+    decides the features.
     """
 
     config: Any
@@ -44,18 +42,11 @@ def load(run_dir: Path) -> Encoder:
 
     config, tree, info = load_encoder(run_dir)
     params = {"encoder": tree}
-    if getattr(config, "norm", None) == "batch":
-        if "stats" not in tree:
-            raise DataError(
-                f"{run_dir}: the exported encoder lacks its BatchNorm statistics; train with model.norm group"
-            )
-        params = {"encoder": {k: v for k, v in tree.items() if k != "stats"}, "stats": tree["stats"]}
     return Encoder(config, params, info, _digest(config, params, info))
 
 
 def untrained(encoder: Encoder, seed: int = 0) -> Encoder:
-    """The same architecture and input with fresh parameters: the baseline of every claim that training
-    helped.
+    """The same architecture and input with fresh parameters: the baseline of every claim that training helped.
 
     Randomness: `seed` only.
     """

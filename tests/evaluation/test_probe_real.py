@@ -25,15 +25,17 @@ def data(tmp_path_factory):
     return out / "synthetic_ood"
 
 
-@pytest.fixture(scope="module", params=["Rd1", "Td1"])
+@pytest.fixture(scope="module", params=["Rd1", "Rd1 batch", "Td1"])
 def run_dir(request, tmp_path_factory):
     """A run folder with an encoder that nobody trained: what matters here is that it is read as it was
     written.
     """
-    folder = tmp_path_factory.mktemp(request.param)
-    arch = ladder.get(request.param)
+    rung, _, norm = request.param.partition(" ")
+    folder = tmp_path_factory.mktemp(rung)
+    arch = ladder.get(rung, norm=norm or "group")
     objective = supervised.make(arch, 6, scale="gain", crop=500, dtype="float32")
     params = jax.device_get(objective.init(jax.random.key(1), np.full(6, 0.1, np.float32))["encoder"])
+    params |= {name: value + np.float32(0.25) for name, value in params.items() if name.endswith("_running_mean")}
     info = {"scale": "gain", "crop": 500, "labels": ["AF"], "lineage": [{"dataset": "synthetic"}]}
     export.save_encoder(folder, arch, params, info)
     summary = {
@@ -61,6 +63,13 @@ def test_features_are_those_of_the_objective_with_the_log_gain_last(run_dir, dat
     change = features.extract(encoder, louder, "val") - got
     assert np.median(np.abs(change[:, -1] - np.log(2))) < 1e-3  # the gain goes into the last feature and nowhere else
     assert np.median(np.abs(change[:, :-1])) < 1e-3
+
+
+def test_running_statistics_of_batch_norm_come_with_the_encoder(run_dir):
+    encoder = features.load(run_dir)
+    means = [value for name, value in encoder.params["encoder"].items() if name.endswith("_running_mean")]
+    assert bool(means) == (getattr(encoder.config, "norm", None) == "batch")
+    assert all((value == 0.25).all() for value in means)
 
 
 def test_the_untrained_encoder_differs_only_in_its_parameters(run_dir):
