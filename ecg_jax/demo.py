@@ -14,6 +14,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import queue
 import sys
 import time
 import traceback
@@ -145,7 +146,7 @@ def _together(jobs: dict[str, tuple[Callable, tuple]], clock: _Clock) -> None:
         while running:
             try:
                 name, what, text = messages.get(timeout=1.0)
-            except Exception:  # queue.Empty: look whether someone died without a word
+            except queue.Empty:  # has someone died without a word?
                 for name in running:
                     if (code := workers[name].exitcode) not in (None, 0):
                         raise EcgJaxError(f"the {name} process ended with code {code}") from None

@@ -12,8 +12,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from ecg_jax import files
 from ecg_jax.errors import DataError
-from ecg_jax.evaluation import bootstrap, files
+from ecg_jax.evaluation import bootstrap
 from ecg_jax.evaluation.bootstrap import Spread
 
 COMPARED = ("bce", "auroc", "ap", "brier")

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ecg_jax import files
 from ecg_jax.errors import DataError, did_you_mean
-from ecg_jax.evaluation import files
 
 SCHEMA_VERSION = 1
 NAME = "evals.jsonl"  # in a run folder

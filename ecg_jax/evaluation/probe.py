@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from ecg_jax import files
 from ecg_jax.errors import DataError, UsageError
 from ecg_jax.evaluation import bootstrap as resampling
-from ecg_jax.evaluation import compare, evalog, features, files, linear, metrics, tasks
+from ecg_jax.evaluation import compare, evalog, features, linear, metrics, tasks
 from ecg_jax.evaluation.scoring import ScoredSet
 
 PROBE = "adam"

@@ -126,8 +126,7 @@ def load(
     """The records of `split` of all `folders`, labels aligned by name.
 
     labels   which labels, in this order; None: those of the first folder, then new ones of the others. A
-             label that a
-             folder does not have is unknown (-1) there
+             label that a folder does not have is unknown (-1) there
     subset   applies to "train" only: val and test never shrink
     exclude  group hashes to leave out, of whatever split is loaded
 

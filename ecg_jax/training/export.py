@@ -15,8 +15,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ecg_jax import files
 from ecg_jax.errors import DataError
-from ecg_jax.evaluation import files
 from ecg_jax.models import ladder
 
 ARRAYS, ABOUT = "encoder.safetensors", "encoder.json"

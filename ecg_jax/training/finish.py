@@ -20,8 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ecg_jax import config as config_lib
+from ecg_jax import files
 from ecg_jax.config import Config
-from ecg_jax.evaluation import bootstrap, compare, evalog, files
+from ecg_jax.evaluation import bootstrap, compare, evalog
 from ecg_jax.evaluation import metrics as scores
 from ecg_jax.evaluation.scoring import ScoredSet
 from ecg_jax.models import flops, ladder

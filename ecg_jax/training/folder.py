@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ecg_jax import config as config_lib
+from ecg_jax import files
 from ecg_jax.config import Config
 from ecg_jax.errors import DivergedError, MachineError, UsageError
-from ecg_jax.evaluation import files
 
 LOCK, CONFIG, DATA, SUMMARY = ".lock", "config.json", "data.json", "summary.json"
 METRICS, TIMING, EVALS = "metrics.jsonl", "timing.jsonl", "evals.jsonl"

@@ -20,10 +20,9 @@ import jax
 import numpy as np
 
 from ecg_jax import config as config_lib
-from ecg_jax import progress
+from ecg_jax import files, progress
 from ecg_jax.config import Config
 from ecg_jax.errors import DivergedError, InterruptedRun
-from ecg_jax.evaluation import files
 from ecg_jax.models import ladder
 from ecg_jax.objectives import supervised
 from ecg_jax.shards.tables import Table
