@@ -1,79 +1,36 @@
 """Record -> what is stored: 10 s windows of int16 at 100 Hz, with quality bits, R peaks and a content
 signature.
 
-The order of the steps, all in float64: padding stripped, spikes and missing samples bridged, the whole
-observed span resampled to 100 Hz (polyphase), filtered there (zero phase), and only then cut, so that no
-window has a filter's edge inside the recording. It knows no data set and no file. Invariant: the result for a
-record is the same to the bit whether it is prepared alone or among others, because every operation works
-along the time axis of one lead.
+The order of the steps: padding stripped, spikes and missing samples bridged, the whole observed span resampled
+to 100 Hz (polyphase), filtered there (zero phase), both in float64, and only then cut, so that no window has a
+filter's edge inside the recording. It knows no data set and no file. Invariant: the result for a
+record is the same to the bit whether it is prepared alone or among others, and whatever the number of threads.
+Every operation works along the time axis of one lead, in an order that the shape of the batch does not change,
+but for matrix products, and those are of numbers on grids, whose sums are exact in any order (see `resample`,
+`chain`).
 """
 
-import hashlib
-import json
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from fractions import Fraction
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import signal as dsp
 
 from ecg_jax.records import audit, beats
+from ecg_jax.records import chain as filters
 from ecg_jax.records.audit import Event, Quality
+from ecg_jax.records.chain import CHAINS, LENGTH, LSB, Chain
 from ecg_jax.records.leads import LEADS
 from ecg_jax.records.record import Prepared, Record, Refused
-from ecg_jax.records.signature import signature
+from ecg_jax.records.resample import RATE, grid_of, resample
+from ecg_jax.records.signature import signatures
 
-RATE = 100
-LENGTH = 1000
 MIN_SECONDS = 2.5
 MIN_RATE, MAX_RATE = 80.0, 20_000.0  # below 80 Hz the 40 Hz band is not there
-LSB = 1e-3  # mV, or SD of a unit-less signal
 INT16 = 32767
-BATCH_SAMPLES = 240_000  # raw samples (all leads) handled at once: 2 MB of float64, what a core's cache holds
-
-
-@dataclass(frozen=True)
-class Chain:
-    """A filter chain. Orders and Hz of Butterworth designs, each run forwards and backwards at 100 Hz.
-
-    `pad` is the length of the odd extension in samples at 100 Hz (less where the record is shorter).
-    """
-
-    name: str
-    highpass: tuple[int, float] | None = None
-    lowpass: tuple[int, float] | None = None
-    bandpass: tuple[int, float, float] | None = None
-    pad: int = 0
-    version: int = 1  # of everything else in this module that changes stored values
-
-    def describe(self) -> dict:
-        """All that decides the stored samples, JSON-able."""
-        return asdict(self) | {
-            "rate": RATE,
-            "length": LENGTH,
-            "lsb": LSB,
-            "steps": ["strip", "repair", "resample", "filter", "cut", "round"],
-            "resample": "polyphase, kaiser 5.0, odd extension",
-            "filter": "butterworth, zero phase, odd extension",
-        }
-
-    def digest(self) -> str:
-        """32 hex digits of `describe`."""
-        text = json.dumps(self.describe(), sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-CHAINS: dict[str, Chain] = {
-    # 300 samples are 12 time constants of the high-pass: its start-up has died away before the first sample.
-    "default": Chain("default", highpass=(1, 0.67), lowpass=(5, 40.0), pad=300),
-    # What HeartLang's codebook was trained on: one band-pass, SciPy's default extension for its 11
-    # coefficients.
-    "heartlang": Chain("heartlang", bandpass=(5, 0.67, 40.0), pad=33),
-    "none": Chain("none"),
-}
+_NO_BEATS = int(Quality.NO_BEATS)
+BATCH = 192_000  # samples at 100 Hz (all leads) handled at once: 1.5 MB of float64, what a core's cache holds
 
 
 @dataclass
@@ -84,110 +41,144 @@ class _Span:
     record: Record
     start: int  # raw samples stripped in front
     raw: np.ndarray  # float32 [T, 12]
-    quality: Quality
+    quality: int
 
 
 @dataclass
 class _Window:
     """A cut of a filtered span: float64 [12, n], n <= LENGTH, beginning `offset` samples (100 Hz) into the
-    span.
+    span; `repaired` are the stretches of it that the limb leads' equations need not fit.
     """
 
     span: _Span
     number: int | None
     offset: int
     y: np.ndarray
-    quality: Quality
+    quality: int
+    repaired: list[tuple[int, int]]
 
 
 def prepare_many(
-    records: Sequence[Record], chain: Chain = CHAINS["default"], windows: Literal["all", "first"] = "all"
-) -> list[list[Prepared] | Refused]:
+    records: Sequence[Record],
+    chain: Chain = CHAINS["default"],
+    windows: Literal["all", "first"] = "all",
+    missing_leads: Literal["refuse", "zero"] = "refuse",
+) -> list[list[Prepared | Refused] | Refused]:
     """Prepare `records`; entry i is the list of windows of record i, or why it is refused. Never raises for a
-    record.
+    record. A bad window of a long record is a Refused within the list, whose detail begins with "<id>#<k>: "; if
+    every window is bad, so is the record.
 
     Up to 10 s is centre-padded, 10 to 15 s centre-cropped; from 15 s on it is cut into windows of 10 s with
     ids "<id>#0", "<id>#1", ... (a rest of 5 s or more becomes a padded one), of which `windows="first"` keeps
-    the first. Reasons: bad-shape, bad-rate, all-nan, all-zero, too-short, mostly-missing, no-signal.
+    the first. A record that lacks leads is refused, or has zeros there and a quality bit (`missing_leads`). Reasons:
+    missing-lead, bad-shape, bad-rate, all-nan, all-zero, too-short, mostly-missing, no-signal.
     Deterministic, and the same whatever else is in `records`.
     """
-    results: list[list[Prepared] | Refused] = [[] for _ in records]
+    results: list[list[Prepared | Refused] | Refused] = [[] for _ in records]
     groups: dict[tuple[int, float], list[_Span]] = defaultdict(list)
     for index, record in enumerate(records):
         try:
-            span = _observe(index, record)
+            span = _observe(index, record, missing_leads)
         except Refused as refusal:
             results[index] = refusal
         else:
             groups[len(span.raw), float(record.rate)].append(span)
     for (length, rate), spans in groups.items():
-        size = max(1, BATCH_SAMPLES // (length * len(LEADS)))
+        size = max(1, int(BATCH * rate / (RATE * length * len(LEADS))))
         for first in range(0, len(spans), size):
             batch = spans[first : first + size]
-            kept: list[_Window] = []
-            for span, cuts in zip(batch, _windows(batch, rate, chain, windows), strict=True):
-                if isinstance(cuts, Refused):
-                    results[span.index] = cuts
-                else:
-                    kept += cuts
-            for window, prepared in zip(kept, _finish(kept), strict=True):
-                results[window.span.index].append(prepared)
+            found = _windows(batch, rate, chain, windows)
+            done = iter(_finish([w for cuts in found for w in cuts if isinstance(w, _Window)]))
+            for span, cuts in zip(batch, found, strict=True):
+                results[span.index] = _outcome(span.record, cuts, done)
     return results
 
 
-def _observe(index: int, record: Record) -> _Span:
-    raw = np.asarray(record.signal, np.float32)
+def _outcome(
+    record: Record, cuts: list[_Window | Refused], done: Iterator[Prepared]
+) -> list[Prepared | Refused] | Refused:
+    """What becomes of a record: its windows, prepared by `done` in their order, and the refused ones among them."""
+    if all(isinstance(cut, Refused) for cut in cuts):
+        return cuts[0]
+    return [
+        Refused(cut.reason, f"{record.record_id}#{number}: {cut.detail}") if isinstance(cut, Refused) else next(done)
+        for number, cut in enumerate(cuts)
+    ]
+
+
+def _observe(index: int, record: Record, missing_leads: str) -> _Span:
+    raw = np.ascontiguousarray(record.signal, np.float32)
     if raw.ndim != 2 or raw.shape[1] != len(LEADS):
         raise Refused("bad-shape", f"signal of shape {raw.shape}, expected [samples, {len(LEADS)}]")
     if not MIN_RATE <= record.rate <= MAX_RATE:  # also false for NaN
         raise Refused("bad-rate", f"{record.rate} Hz is outside {MIN_RATE:g} to {MAX_RATE:g} Hz")
     if not len(raw):
         raise Refused("too-short", "no samples")
+    quality = int(record.quality)
+    if record.missing:
+        if missing_leads == "refuse":
+            why = (
+                "unit-less leads are not derived" if record.unit == "z" else "--missing-leads zero stores zeros for it"
+            )
+            raise Refused("missing-lead", f"the recording has no {', '.join(record.missing)} ({why})")
+        quality |= int(Quality.MISSING_LEAD)
+        raw = raw.copy()
+        raw[:, [LEADS.index(lead) for lead in record.missing]] = 0.0
     start, stop = audit.observed(raw)
     if (stop - start) / record.rate < MIN_SECONDS:
         stripped = " without its padding" if stop - start < len(raw) else ""
         seconds = (stop - start) / record.rate
         raise Refused("too-short", f"{seconds:.2f} s observed{stripped}, at least {MIN_SECONDS} s are needed")
-    quality = Quality(record.quality)
     if stop - start < len(raw):
-        quality |= Quality.STRIPPED
+        quality |= int(Quality.STRIPPED)
     return _Span(index, record, start, raw[start:stop], quality)
 
 
-def _windows(spans: list[_Span], rate: float, chain: Chain, windows: str) -> list[list[_Window] | Refused]:
-    """Cuts of spans of equal length and rate."""
-    x = np.empty((len(spans), len(LEADS), len(spans[0].raw)))
-    for b, span in enumerate(spans):
-        x[b] = span.raw.T
-    missing = ~np.isfinite(x)
-    gaps = missing.any(axis=(1, 2))
-    events = audit.inspect_raw(x, rate)
-    y = _filter(_resample(x, rate), chain)
+def _windows(spans: list[_Span], rate: float, chain: Chain, windows: str) -> list[list[_Window | Refused]]:
+    """Cuts of spans of equal length and rate, in the order of time; Refused where one cannot be used."""
+    found, parts, grids = [], [], []
+    for span in spans:  # one by one: a recording at its own rate just fits a core's cache
+        raw = audit.inspect_raw(span.raw, rate)
+        grid = grid_of(raw.low, raw.high)
+        found.append(raw)
+        grids.append(grid)
+        parts.append(resample(raw.signal, rate, grid))
+    y = filters.run(chain, parts, grids)
     cuts = _cuts(y.shape[2], windows)
-    out: list[list[_Window] | Refused] = []
-    for b, span in enumerate(spans):
-        kept, refusal = [], None
-        for number, offset, n in cuts:
-            begin, end = round(offset * rate / RATE), round((offset + n) * rate / RATE)
-            if gaps[b] and (lost := audit.missing_share(missing[b, :, begin:end])):
-                refusal = Refused("mostly-missing", f"more than half of the samples are missing in lead {lost}")
-                continue
-            dead = [e for e in events[b] if e.bit == Quality.DEAD_LEAD]
-            piece = y[b, :, offset : offset + n]
-            if len(dead) == len(LEADS) or not np.rint(piece / LSB).any():
-                refusal = Refused("no-signal", "every lead is constant")
-                continue
-            quality = span.quality | _bits(events[b], begin, end)
-            kept.append(_Window(span, number, offset, piece, quality))
-        out.append(kept if kept else refusal)
+    return [_cut(span, raw, y[b], rate, cuts) for b, (span, raw) in enumerate(zip(spans, found, strict=True))]
+
+
+def _cut(
+    span: _Span, raw: audit.Raw, y: np.ndarray, rate: float, cuts: list[tuple[int | None, int, int]]
+) -> list[_Window | Refused]:
+    # A lead that is not in the recording is neither dead nor flat.
+    absent = {LEADS.index(lead) for lead in span.record.missing}
+    events = [event for event in raw.events if event.lead not in absent]
+    dead = sum(event.bit == Quality.DEAD_LEAD for event in events)
+    out: list[_Window | Refused] = []
+    for number, offset, n in cuts:
+        begin, end = round(offset * rate / RATE), round((offset + n) * rate / RATE)
+        piece = y[:, offset : offset + n]
+        if raw.missing is not None and (lost := audit.missing_share(raw.missing[begin:end])):
+            out.append(Refused("mostly-missing", f"more than half of the samples are missing in lead {lost}"))
+        elif dead == len(LEADS) - len(absent) or _silent(piece):
+            out.append(Refused("no-signal", "every lead is constant"))
+        else:
+            repaired = [(first - offset, stop - offset) for first, stop in audit.repaired_limbs(events, RATE / rate)]
+            out.append(_Window(span, number, offset, piece, span.quality | _bits(events, begin, end), repaired))
     return out
 
 
-def _bits(events: list[Event], begin: int, end: int) -> Quality:
-    bits = Quality(0)
+def _silent(piece: np.ndarray) -> bool:
+    """Whether nothing of [12, n] will be stored but zeros. The second lead alone mostly tells."""
+    return all(np.abs(part).max() < LSB / 2 for part in (piece[1], piece))
+
+
+def _bits(events: list[Event], begin: int, end: int) -> int:
+    bits = 0
     for event in events:
         if event.start < end and event.stop > begin:
-            bits |= event.bit
+            bits |= int(event.bit)
     return bits
 
 
@@ -201,88 +192,59 @@ def _cuts(length: int, windows: str) -> list[tuple[int | None, int, int]]:
     return cuts[:1] if windows == "first" else cuts
 
 
-def ratio(rate: float) -> tuple[int, int]:
-    """(up, down) of the polyphase resampler from `rate` to 100 Hz, exact to a few parts in a million."""
-    fraction = (Fraction(RATE) / Fraction(rate).limit_denominator(1000)).limit_denominator(20_000)
-    return fraction.numerator, fraction.denominator
+def _finish(windows: list[_Window]) -> Iterator[Prepared]:
+    """`windows` as they are stored, in their order."""
+    lengths: dict[int, list[_Window]] = defaultdict(list)
+    for window in windows:
+        lengths[window.y.shape[1]].append(window)
+    size = BATCH // (LENGTH * len(LEADS))
+    done = {
+        n: iter([p for first in range(0, len(same), size) for p in _stored(same[first : first + size])])
+        for n, same in lengths.items()
+    }
+    return (next(done[window.y.shape[1]]) for window in windows)
 
 
-def _odd(x: np.ndarray, n: int) -> np.ndarray:
-    """Odd extension of [..., T] by n <= T - 1 samples at both ends."""
-    left = 2 * x[..., :1] - x[..., n:0:-1]
-    right = 2 * x[..., -1:] - x[..., -2 : -n - 2 : -1]
-    return np.concatenate([left, x, right], axis=-1)
-
-
-def _resample(x: np.ndarray, rate: float) -> np.ndarray:
-    """[..., T] at `rate` -> [..., ceil(T * 100 / rate)] at 100 Hz."""
-    up, down = ratio(rate)
-    if up == down:
-        return x
-    # The extension covers the filter's half length, in whole multiples of `down`, so that it is cut off to
-    # the sample.
-    steps = -(-10 * max(up, down) // up // down) + 1
-    steps = min(steps, (x.shape[-1] - 1) // down)
-    wide = dsp.resample_poly(_odd(x, steps * down), up, down, axis=-1)
-    n = -(-x.shape[-1] * up // down)
-    return wide[..., steps * up : steps * up + n]
-
-
-@lru_cache(maxsize=8)
-def _sections(chain: Chain) -> np.ndarray | None:
-    parts = []
-    if chain.highpass:
-        parts.append(dsp.butter(chain.highpass[0], chain.highpass[1], "highpass", fs=RATE, output="sos"))
-    if chain.lowpass:
-        parts.append(dsp.butter(chain.lowpass[0], chain.lowpass[1], "lowpass", fs=RATE, output="sos"))
-    if chain.bandpass:
-        order, low, high = chain.bandpass
-        parts.append(dsp.butter(order, [low, high], "bandpass", fs=RATE, output="sos"))
-    return np.concatenate(parts) if parts else None
-
-
-def _filter(y: np.ndarray, chain: Chain) -> np.ndarray:
-    sections = _sections(chain)
-    if sections is None:
-        return y
-    return dsp.sosfiltfilt(sections, y, axis=-1, padtype="odd", padlen=min(chain.pad, y.shape[-1] - 1))
-
-
-def _finish(windows: list[_Window]) -> list[Prepared]:
-    if not windows:
-        return []
+def _stored(windows: list[_Window]) -> list[Prepared]:
+    """`windows` of equal length."""
+    y = np.stack([window.y for window in windows])
+    n = y.shape[2]
+    start = (LENGTH - n) // 2
+    marks = signatures(y)
+    y *= 1 / LSB
+    np.rint(y, out=y)
+    clipped = []
+    if y.max() > INT16 or y.min() < -INT16:
+        clipped = [b for b, own in enumerate(y) if own.max() > INT16 or own.min() < -INT16]
+        np.clip(y, -INT16, INT16, out=y)
+    # Beats and amplitude are found in the stored values, so that whoever reads the shards finds the same.
+    x = y.astype(np.float32)
     stored = np.zeros((len(windows), LENGTH, len(LEADS)), np.int16)
-    valid = []
-    for i, window in enumerate(windows):
-        n = window.y.shape[1]
-        start = (LENGTH - n) // 2
-        valid.append((start, n))
-        steps = np.rint(window.y / LSB)
-        if np.abs(steps).max() > INT16:
-            window.quality |= Quality.CLIPPED
-            steps = np.clip(steps, -INT16, INT16)
-        stored[i, start : start + n] = steps.T
-        if window.span.record.unit == "mV":
-            window.quality |= _amplitude_bits(window.y)
-    # Beats are found in the stored values, so that whoever reads the shards finds the same.
-    peaks = beats.r_peaks(stored * np.float32(LSB), RATE, valid)
-    return [_prepared(window, stored[i], valid[i], peaks[i]) for i, window in enumerate(windows)]
+    stored[:, start : start + n] = x.transpose(0, 2, 1)
+    x *= np.float32(LSB)
+    peaks = beats.detect(x, RATE)
+    in_mv = [window.span.record.unit == "mV" for window in windows]
+    bits, amplitude = audit.judge(x, in_mv, [window.repaired for window in windows])
+    for b in clipped:
+        bits[b] |= int(Quality.CLIPPED)
+    out = []
+    for b, window in enumerate(windows):
+        quality = window.quality | bits[b] | (0 if len(peaks[b]) else _NO_BEATS)
+        place = (peaks[b] + start).astype(np.int16)
+        out.append(_prepared(window, stored[b], (start, n), quality, amplitude[b], place, marks[b]))
+    return out
 
 
-def _amplitude_bits(y: np.ndarray) -> Quality:
-    bits = Quality(0)
-    if np.abs(y).max() > audit.HIGH:
-        bits |= Quality.HIGH
-    if (y.max(axis=1) - y.min(axis=1)).max() < audit.LOW:
-        bits |= Quality.LOW
-    if audit.check_limb_leads(y[None])[0]:
-        bits |= Quality.EINTHOVEN
-    return bits
-
-
-def _prepared(window: _Window, stored: np.ndarray, valid: tuple[int, int], peaks: np.ndarray) -> Prepared:
+def _prepared(
+    window: _Window,
+    stored: np.ndarray,
+    valid: tuple[int, int],
+    quality: int,
+    amplitude: float,
+    peaks: np.ndarray,
+    signature: bytes,
+) -> Prepared:
     record, span = window.span.record, window.span
-    quality = window.quality if len(peaks) else window.quality | Quality.NO_BEATS
     meta = {
         "time": record.time,
         "device": record.device,
@@ -291,6 +253,7 @@ def _prepared(window: _Window, stored: np.ndarray, valid: tuple[int, int], peaks
         "start": round(span.start / record.rate + window.offset / RATE, 3),  # s into the recording
         "leads": list(LEADS),
         "derived": [],
+        "amplitude": amplitude,
     }
     return Prepared(
         signal=stored,
@@ -301,10 +264,10 @@ def _prepared(window: _Window, stored: np.ndarray, valid: tuple[int, int], peaks
         split=record.split,
         age=float(record.age),
         sex=float(record.sex),
-        quality=int(quality),
+        quality=quality,
         labels={task: np.asarray(values, np.int8) for task, values in record.labels.items()},
-        rpeaks=peaks.astype(np.int16),
+        rpeaks=peaks,
         source=record.source,
-        signature=signature(window.y),
+        signature=signature,
         meta=meta | dict(record.meta),
     )

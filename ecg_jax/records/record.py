@@ -27,6 +27,7 @@ class Record:
     labels       per task int8 [K] in the task's label order; -1 unknown
     source       32 bytes: sha256 of header then signal file(s), or of the row it came from
     split        the official split, or None
+    missing      leads that the recording does not have; their columns of `signal` are NaN
     quality      bits of `audit.Quality` that the reader already knows (derived leads, saturation in the file)
     meta         JSON-able extras, stored with the record
     """
@@ -44,6 +45,7 @@ class Record:
     source: bytes = NO_SOURCE
     split: Literal["train", "val", "test"] | None = None
     unit: Literal["mV", "z"] = "mV"
+    missing: tuple[str, ...] = ()
     quality: int = 0
     meta: dict[str, Any] = field(default_factory=dict)
 

@@ -26,29 +26,30 @@ _NOISE = hashlib.shake_256(b"ecg_jax signature 1").digest(_SIZE[0] * _SIZE[1] //
 _MIX = np.unpackbits(np.frombuffer(_NOISE, np.uint8)).reshape(_SIZE) * 2.0 - 1.0
 
 
-def signature(y: np.ndarray) -> bytes:
-    """16 bytes for a filtered ECG [12, n] at 100 Hz, n >= 100, any unit; each lead's own gain is free.
+def signatures(y: np.ndarray) -> list[bytes]:
+    """16 bytes for each of filtered ECGs [B, 12, n] at 100 Hz, n >= 100, any unit; each lead's own gain is free.
 
     Triangular averages around 24 moments of each independent lead, less their mean and over their spread, are
     mixed by fixed signs and rounded to whole standard deviations.
     """
-    n = y.shape[1]
+    n = y.shape[2]
     edge = min(EDGE, n // 6)
     width = min(WIDTH, (n - 2 * edge) / 6)
-    leads = y[list(LEAD_ROWS)]
     # The second sum of a signal, differenced twice over `width`, is its triangular average.
-    sums = np.zeros((len(LEAD_ROWS), n + 2))
-    np.cumsum(np.cumsum(leads, axis=1), axis=1, out=sums[:, 2:])
     centre = np.linspace(edge + width, n - edge - width, POINTS)
-    means = _at(sums, centre + width) - 2 * _at(sums, centre) + _at(sums, centre - width)
-    means = means - means.mean(axis=1, keepdims=True)
-    spread = np.sqrt(np.square(means).mean(axis=1, keepdims=True))
+    sums = _second_sum(y[:, LEAD_ROWS], np.concatenate([centre - width, centre, centre + width]) - 1)
+    left, middle, right = np.split(sums, 3, axis=2)
+    means = right - 2 * middle + left
+    means -= means.mean(axis=2, keepdims=True)
+    spread = np.sqrt(np.square(means).mean(axis=2, keepdims=True))
     silent = spread <= 1e-9 * width**2  # far below one microvolt: rounding, not a signal
-    shape = np.where(silent, 0.0, means / np.where(silent, 1.0, spread))
+    shape = np.where(silent, 0.0, means / np.where(silent, 1.0, spread)).reshape(len(y), 1, -1)
     # Elementwise and summed row by row: a matrix product may add in another order on another machine.
-    features = (_MIX * shape.ravel()).sum(axis=1) / np.sqrt(shape.size)
-    halves = [np.floor(features / STEP + shift).astype(np.int8).tobytes() for shift in (0.0, 0.5)]
-    return b"".join(hashlib.blake2b(half, digest_size=8).digest() for half in halves)
+    features = (_MIX * shape).sum(axis=2) / np.sqrt(shape.shape[2])
+    halves = [np.floor(features / STEP + shift).astype(np.int8) for shift in (0.0, 0.5)]
+    return [
+        b"".join(hashlib.blake2b(half[b].tobytes(), digest_size=8).digest() for half in halves) for b in range(len(y))
+    ]
 
 
 def same_content(one: bytes, two: bytes) -> bool:
@@ -56,9 +57,21 @@ def same_content(one: bytes, two: bytes) -> bool:
     return one[:8] == two[:8] or one[8:] == two[8:]
 
 
-def _at(sums: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Rows of `sums` at fractional places, linearly: a span a sample longer moves no average by a whole
-    sample.
+def _second_sum(leads: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """The sum of sums, S[j] = sum over k < j of (j - k) * x[k], of [..., n] at `place` in 1 to n, but for what is
+    linear in j: [..., len(place)].
+
+    In between it is linear, so that a span a sample longer moves no average by a whole sample. Only sums of x[k] and
+    of k * x[k] from one place to the next are made: a third of the time of a sum over all.
     """
-    low = np.minimum(place.astype(int), sums.shape[1] - 2)
-    return sums[:, low] + (place - low) * (sums[:, low + 1] - sums[:, low])
+    low = np.minimum(place.astype(int), leads.shape[-1] - 1)
+    first = low.min()  # what comes before it adds to all S what is linear in j
+    leads, low, place = leads[..., first : low.max() + 1], low - first, place - first
+    starts, which = np.unique(low, return_inverse=True)  # the first is 0
+    moment = leads * np.arange(leads.shape[-1], dtype=np.float64)
+    total, moment = (
+        np.concatenate([np.zeros((*a.shape[:-1], 1)), np.cumsum(a[..., :-1], axis=-1)], axis=-1)[..., which]
+        for a in (np.add.reduceat(leads, starts, axis=-1), np.add.reduceat(moment, starts, axis=-1))
+    )
+    # S[j + 1] is the sum over k <= j of x[k] more than S[j].
+    return low * total - moment + (place - low) * (total + leads[..., low])

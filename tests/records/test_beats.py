@@ -8,7 +8,7 @@ import pytest
 
 from ecg_jax.records.beats import DETECTOR, r_peaks
 from ecg_jax.records.preprocess import prepare_many
-from ecg_jax.records.readers import read_wfdb
+from ecg_jax.records.readers.wfdb import read_wfdb
 from ecg_jax.records.record import Record
 
 TOLERANCE = 7.5  # samples at 100 Hz

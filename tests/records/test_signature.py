@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ecg_jax.records.preprocess import prepare_many
-from ecg_jax.records.readers import read_wfdb
+from ecg_jax.records.readers.wfdb import read_wfdb
 from ecg_jax.records.record import Record
 from ecg_jax.records.signature import same_content
 
