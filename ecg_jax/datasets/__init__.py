@@ -15,62 +15,52 @@ from ecg_jax.errors import DataError, UsageError, did_you_mean
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """`open` is "module:function", called with (source_dir, options); `help` one line; `source` False:
-    simulated.
+    """`open` is "module:function" below `ecg_jax.datasets`, called with (source_dir, options); the options stand in the
+    module's docstring. `help` one line; `source` False: simulated.
     """
 
     open: str
     help: str
-    available: bool = True
     source: bool = True
 
 
-def _later(text: str) -> DatasetEntry:
-    return DatasetEntry("", text, available=False)
-
-
 DATASETS: dict[str, DatasetEntry] = {
-    "ptbxl": DatasetEntry("ecg_jax.datasets.ptbxl:open_ptbxl", "PTB-XL, official folds, five label tasks"),
-    "code15": _later("CODE-15 %, 345,779 exams of Brazilian telehealth"),
-    "code": _later("CODE in full, 2.3 M exams"),
-    "code-test": _later("CODE test set, 827 exams with a gold standard"),
-    "samitrop": _later("SaMi-Trop, 1,631 exams of Chagas patients"),
-    "code2": _later("CODE-II"),
-    "cpsc2018": _later("CPSC 2018, nine classes"),
-    "csn": _later("Chapman-Shaoxing-Ningbo, 45,152 exams"),
-    "georgia": _later("Georgia 12-lead"),
-    "sph": _later("Shandong Provincial Hospital"),
-    "ludb": _later("Lobachevsky University Database, with wave annotations"),
-    "mimic-iv-ecg": _later("MIMIC-IV-ECG, 800,035 exams"),
-    "mimic-icu": _later("ICU labels on MIMIC-IV-ECG"),
-    "echonext": _later("EchoNext, structural heart disease"),
-    "synthetic": DatasetEntry(
-        "ecg_jax.datasets.synthetic:open_synthetic",
-        "simulated ECG with known Bayes probabilities",
-        source=False,
-    ),
-    "wfdb": DatasetEntry("ecg_jax.datasets.wfdb:open_wfdb", "your own WFDB records with a labels table"),
-    "hdf5": _later("your own HDF5 files with a labels table"),
-    "npy": _later("your own NumPy files with a labels table"),
-    "csv": _later("your own CSV files with a labels table"),
-    "mat": _later("your own MATLAB files with a labels table"),
-    "xml": _later("your own XML exports with a labels table"),
-    "dicom": _later("your own DICOM waveforms with a labels table"),
+    "ptbxl": DatasetEntry("ptbxl:open_ptbxl", "PTB-XL, official folds, five label tasks"),
+    "code15": DatasetEntry("code15:open_code15", "CODE-15 %, 345,779 exams of Brazilian telehealth"),
+    "code": DatasetEntry("code:open_code", "CODE in full, 2.3 M exams"),
+    "code-test": DatasetEntry("code_test:open_code_test", "CODE test set, 827 exams with a gold standard"),
+    "samitrop": DatasetEntry("samitrop:open_samitrop", "SaMi-Trop, 1,631 exams of Chagas patients"),
+    "code2": DatasetEntry("code2:open_code2", "CODE-II, by a manifest of your own"),
+    "cpsc2018": DatasetEntry("cpsc2018:open_cpsc2018", "CPSC 2018, nine classes, both encodings"),
+    "csn": DatasetEntry("csn:open_csn", "Chapman-Shaoxing-Ningbo, 45,152 exams"),
+    "georgia": DatasetEntry("georgia:open_georgia", "Georgia 12-lead, 10,344 exams"),
+    "sph": DatasetEntry("sph:open_sph", "Shandong Provincial Hospital, 25,770 exams"),
+    "ludb": DatasetEntry("ludb:open_ludb", "Lobachevsky University Database, 200 exams"),
+    "mimic-iv-ecg": DatasetEntry("mimic_iv_ecg:open_mimic_iv_ecg", "MIMIC-IV-ECG, 800,035 exams"),
+    "mimic-icu": DatasetEntry("mimic_icu:open_mimic_icu", "ICU labels (MDS-ED) on MIMIC-IV-ECG"),
+    "echonext": DatasetEntry("echonext:open_echonext", "EchoNext, structural heart disease, unit-less"),
+    "synthetic": DatasetEntry("synthetic:open_synthetic", "simulated ECG with known Bayes probabilities", source=False),
+    "wfdb": DatasetEntry("own:open_wfdb", "your own WFDB records with a labels table"),
+    "hdf5": DatasetEntry("own:open_hdf5", "your own HDF5 files with a labels table"),
+    "npy": DatasetEntry("own:open_npy", "your own NumPy files with a labels table"),
+    "csv": DatasetEntry("own:open_csv", "your own CSV files with a labels table"),
+    "mat": DatasetEntry("own:open_mat", "your own MATLAB files with a labels table"),
+    "xml": DatasetEntry("own:open_xml", "your own Philips, HL7 aECG or GE MUSE exports with a labels table"),
+    "dicom": DatasetEntry("own:open_dicom", "your own DICOM waveforms with a labels table (extra: dicom)"),
 }
 
 
 def open_source(name: str, source_dir: Path | None, options: dict[str, str]) -> Source:
     """Open data set `name` in `source_dir` with `options` (all strings, from `--option k=v`).
 
-    Raises `UsageError` for an unknown or not yet available name or an unknown option, `DataError` where the
+    Raises `UsageError` for an unknown name or option, `DataError` where the
     folder or a file in it is missing or malformed. `source_dir` may be None for a simulated set.
     """
     entry = DATASETS.get(name)
     if entry is None:
-        known = [key for key, value in DATASETS.items() if value.available]
-        raise UsageError(f"unknown data set {name!r}{did_you_mean(name, list(DATASETS))}: known are {', '.join(known)}")
-    if not entry.available:
-        raise UsageError(f"data set {name!r} ({entry.help}) is not there yet; `wfdb` takes any WFDB records")
+        raise UsageError(
+            f"unknown data set {name!r}{did_you_mean(name, list(DATASETS))}: known are {', '.join(DATASETS)}"
+        )
     if entry.source:
         if source_dir is None:
             raise UsageError(f"data set {name!r} needs --source DIR, the folder that holds it")
@@ -80,7 +70,7 @@ def open_source(name: str, source_dir: Path | None, options: dict[str, str]) -> 
         if not source_dir.is_dir():
             raise DataError(f"{source_dir} is not a folder; give the unpacked {name} folder as --source")
     module, function = entry.open.split(":")
-    return getattr(importlib.import_module(module), function)(source_dir, dict(options))
+    return getattr(importlib.import_module(f"ecg_jax.datasets.{module}"), function)(source_dir, dict(options))
 
 
 def check_options(dataset: str, options: dict[str, str], known: list[str] | tuple[str, ...]) -> None:

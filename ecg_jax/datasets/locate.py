@@ -1,12 +1,14 @@
-"""From the rows of a labels table to the headers of their recordings.
+"""From the rows of a labels table to the files of their recordings.
 
-It looks at names only and opens no recording. Invariant: a row gets at most one recording, and where two
-would fit, none is chosen: the user is asked.
+It looks at names only and opens no recording. Invariant: a row gets at most one file, and where two would fit, none is
+chosen: the user is asked.
 """
 
 import os
 import re
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -18,15 +20,49 @@ from ecg_jax.progress import track
 SHOWN = 5  # ids named in the report where many are concerned
 
 
-def template_columns(template: str) -> set[str]:
-    """The fields that a path template uses."""
+@dataclass(frozen=True)
+class Tree:
+    """What lies below a source folder, as paths relative to it.
+
+    endings     that make a file a recording, in small letters; matched in any case
+    files       every file
+    recordings  those with one of the endings, sorted
+    """
+
+    root: Path
+    endings: tuple[str, ...]
+    files: frozenset[str]
+    recordings: tuple[str, ...]
+
+    def stem(self, path: str) -> str:
+        """`path` without its ending."""
+        return next((path[: -len(end)] for end in self.endings if path.lower().endswith(end)), path)
+
+
+def list_tree(source_dir: Path, endings: tuple[str, ...], leave_out: Path | None = None) -> Tree:
+    """Look through `source_dir`. leave_out: a file that is no recording whatever its ending (the labels table)."""
+    files = set()
+    for folder, _, names in track(os.walk(source_dir), f"looking through {source_dir}", unit="folders"):
+        inside = os.path.relpath(folder, source_dir)
+        files.update(os.path.normpath(os.path.join(inside, name)) for name in names)
+    if leave_out is not None:
+        files.discard(os.path.relpath(leave_out, source_dir))
+    recordings = sorted(file for file in files if file.lower().endswith(endings))
+    return Tree(source_dir, endings, frozenset(files), tuple(recordings))
+
+
+def template_columns(kind: str, option: str, template: str) -> set[str]:
+    """The fields that a template uses. `UsageError` naming the option where it is none."""
     try:
         return {field for _, field, _, _ in Formatter().parse(template) if field}
     except ValueError as error:
-        raise UsageError(f"wfdb: path={template!r}: {error}") from None
+        raise UsageError(f"{kind}: {option}={template!r}: {error}") from None
 
 
-def _fill(table: Table, i: int, record_id: str, template: str) -> str:
+def fill(kind: str, option: str, template: str, table: Table, i: int, record_id: str) -> str:
+    """`template` with the cells of row i: {column}, {column:05d}, {id}, {thousand:05d}. `UsageError` where it does not
+    fit.
+    """
     values: dict[str, Any] = dict(table.rows[i]) | {"id": record_id}
     filled = []
     for text, field, spec, conversion in Formatter().parse(template):
@@ -35,7 +71,9 @@ def _fill(table: Table, i: int, record_id: str, template: str) -> str:
             continue
         if conversion or field not in (*values, "thousand"):  # no attribute or item look-ups either
             near = did_you_mean(field, [*values, "thousand"])
-            raise UsageError(f"wfdb: path={template!r}: {{{field}}} is no column{near}; id and thousand are known too")
+            raise UsageError(
+                f"{kind}: {option}={template!r}: {{{field}}} is no column{near}; id and thousand are known too"
+            )
         value = record_id if field == "thousand" else values[field]
         try:
             if field == "thousand":
@@ -45,66 +83,64 @@ def _fill(table: Table, i: int, record_id: str, template: str) -> str:
             filled.append(format(value, spec or ""))
         except ValueError:
             raise UsageError(
-                f"wfdb: path={template!r}: {{{field}:{spec}}} does not fit {value!r} ({table.where(i)})"
+                f"{kind}: {option}={template!r}: {{{field}:{spec}}} does not fit {value!r} ({table.where(i)})"
             ) from None
     return "".join(filled)
 
 
 def locate(
-    source_dir: Path, table: Table, ids: list[str], template: str | None
-) -> tuple[list[str | None], dict[str, Any]]:
-    """Header of each row relative to `source_dir` without ".hea" (None: not found), and counts for `about`.
+    kind: str, tree: Tree, table: Table, ids: Sequence[str], template: str | None, any_file: bool = True
+) -> list[str | None]:
+    """File of each row, relative to the folder (None: not found).
 
-    With a template that is where a recording must lie. Without one it is SOURCE/<id>.hea, else the one header
-    in the tree whose name is the id or, for an id that is a number, the id with leading zeros and an optional
-    suffix after "_" or "-". Raises `UsageError` for a template that does not fit the table, `DataError` where
-    an id fits two headers or no id fits any.
+    With a template that is where a recording must lie, with or without its ending (any_file: an ending other than the
+    format's will do). Without one it is <id> plus ending, else the one recording in the tree whose name is the id or,
+    for an id that is a number, the id with leading zeros and an optional suffix after "_" or "-". Raises `UsageError`
+    for a template that does not fit the table, `DataError` where an id fits two files or no id fits any.
     """
-    headers = _headers(source_dir)
-    if template is not None:
-        paths = [os.path.normpath(_fill(table, i, record_id, template)) for i, record_id in enumerate(ids)]
-        found: list[str | None] = [path if path in headers else None for path in paths]
-        rule = template
-    else:
-        by_stem, by_number = defaultdict(list), defaultdict(list)
-        for header in sorted(headers):
-            stem = os.path.basename(header)
-            by_stem[stem].append(header)
-            if match := re.fullmatch(r"0*(\d+)(?:[_-].*)?", stem):
-                by_number[match[1]].append(header)
-        found = [_search(headers, by_stem, by_number, record_id, table, i) for i, record_id in enumerate(ids)]
-        rule = "by id"
-    lost = [record_id for record_id, path in zip(ids, found, strict=True) if path is None]
-    if len(lost) == len(ids):
-        where = f"path={template!r} gives {paths[0]}.hea" if template else f"nothing is called {ids[0]}.hea or the like"
-        raise DataError(f"{source_dir}: no row of {table.path.name} has a recording ({where}); say path=TEMPLATE")
-    spare = sorted(headers - {path for path in found if path})
-    return found, {
+    by_path, by_name, by_number = defaultdict(list), defaultdict(list), defaultdict(list)
+    for path in tree.recordings:
+        stem = tree.stem(path)
+        name = os.path.basename(stem)
+        for key in (path, stem):
+            by_path[key].append(path)
+        for key in (os.path.basename(path), name):
+            by_name[key].append(path)
+        if match := re.fullmatch(r"0*(\d+)(?:[_-].*)?", name):
+            by_number[match[1]].append(path)
+    found: list[str | None] = []
+    first = None
+    for i, record_id in enumerate(ids):
+        if template is not None:
+            wanted = os.path.normpath(fill(kind, "path", template, table, i, record_id))
+            first = first or wanted
+            matches = by_path.get(wanted) or ([wanted] if any_file and wanted in tree.files else [])
+        else:
+            matches = (
+                by_path.get(os.path.normpath(record_id))
+                or by_name.get(record_id)
+                or by_number.get(record_id.lstrip("0") or record_id)
+                or []
+            )
+        if len(matches) > 1:
+            raise DataError(
+                f"{table.where(i)}: {record_id} may be {matches[0]} or {matches[1]}; say path=TEMPLATE"
+                + (" with the ending" if template is not None else "")
+            )
+        found.append(matches[0] if matches else None)
+    if not any(found):
+        ending = tree.endings[0]
+        where = f"path={template!r} gives {first!r}" if template else f"nothing is called {ids[0]}{ending} or the like"
+        raise DataError(f"{tree.root}: no row of {table.path.name} has a recording ({where}); say path=TEMPLATE")
+    return found
+
+
+def report(rule: str, lost: Sequence[str], spare: Sequence[str], spare_count: int | None = None) -> dict[str, Any]:
+    """For `about`: the rule by which files were found, rows without one and recordings without a row."""
+    return {
         "path_rule": rule,
         "rows_without_recording": len(lost),
-        "rows_without_recording_first": lost[:SHOWN],
-        "recordings_without_row": len(spare),
-        "recordings_without_row_first": spare[:SHOWN],
+        "rows_without_recording_first": list(lost[:SHOWN]),
+        "recordings_without_row": len(spare) if spare_count is None else spare_count,
+        "recordings_without_row_first": list(spare[:SHOWN]),
     }
-
-
-def _headers(source_dir: Path) -> set[str]:
-    headers = set()
-    for folder, _, files in track(os.walk(source_dir), f"looking through {source_dir}", unit="folders"):
-        inside = os.path.relpath(folder, source_dir)
-        headers.update(os.path.normpath(os.path.join(inside, file[:-4])) for file in files if file.endswith(".hea"))
-    return headers
-
-
-def _search(headers: set[str], by_stem: dict, by_number: dict, record_id: str, table: Table, i: int) -> str | None:
-    direct = os.path.normpath(record_id)
-    if direct in headers:
-        return direct
-    for matches in (by_stem.get(record_id), by_number.get(record_id.lstrip("0") or record_id)):
-        if matches:
-            if len(matches) > 1:
-                raise DataError(
-                    f"{table.where(i)}: {record_id} may be {matches[0]}.hea or {matches[1]}.hea; say path=TEMPLATE"
-                )
-            return matches[0]
-    return None

@@ -14,7 +14,7 @@ from typing import Any
 
 from ecg_jax.datasets import check_options
 from ecg_jax.datasets.reading import read_items
-from ecg_jax.datasets.source import Item, Source
+from ecg_jax.datasets.source import Item, Source, pack
 from ecg_jax.datasets.table import (
     Table,
     age,
@@ -93,7 +93,6 @@ def open_ptbxl(source_dir: Path, options: dict[str, str]) -> Source:
         "rate": rate,
         "rate_reason": _reason(options.get("rate"), rate, at_500, len(table.rows)),
         "rows": len(table.rows),
-        "outside_folds": outside,
         "unlabelled": unlabelled,
         "unlabelled_policy": "kept, labels of that task unknown (-1)",
         "unknown_codes": sorted(unknown_codes),
@@ -103,7 +102,16 @@ def open_ptbxl(source_dir: Path, options: dict[str, str]) -> Source:
         "doi": "10.1038/s41597-020-0495-6",
     }
     version = "1.0.1" if seen & _WITHDRAWN else "1.0.3"
-    return Source("ptbxl", version, "mV", names, tuple(items), partial(read_items, source_dir, "mV", True), about)
+    return Source(
+        name="ptbxl",
+        version=version,
+        unit="mV",
+        tasks=names,
+        items=pack(items),
+        read=partial(read_items, source_dir, "mV", True),
+        about=about,
+        skipped={"outside folds": outside} if outside else {},
+    )
 
 
 def _statements(table: Table) -> dict[str, dict[str, str]]:

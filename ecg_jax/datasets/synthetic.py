@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 
 from ecg_jax.datasets import check_options
-from ecg_jax.datasets.source import Item, Source
+from ecg_jax.datasets.source import Item, Source, pack
 from ecg_jax.errors import UsageError
 from ecg_jax.records import synthetic
 from ecg_jax.records.record import Record
@@ -97,7 +97,7 @@ def open_synthetic(source_dir: Path | None, options: dict[str, str]) -> Source:
     patient = synthetic.patients.assign(settings, records)
     split = _splits(patient, _whole(options, "val", 0, 0), _whole(options, "test", 0, 0), records)
     prefix = f"sim{settings.population}-{settings.prevalence[0]}{settings.seed}"
-    items = tuple(
+    items = pack(
         Item(f"{prefix}-{index:07d}", f"{prefix}-p{owner:07d}", official, (index, owner))
         for index, (owner, official) in enumerate(zip(patient.tolist(), split, strict=True))
     )

@@ -85,7 +85,7 @@ def test_rates(folder, wfdb_record):
 def test_folds(folder):
     source = open_source("ptbxl", folder, {"folds": "10/1/2"})
     assert [(item.record_id, item.split) for item in source.items] == [("1", "val"), ("3", "train")]
-    assert source.about["outside_folds"] == 1
+    assert source.skipped == {"outside folds": 1}
 
 
 @pytest.mark.parametrize(

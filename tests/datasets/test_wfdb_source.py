@@ -187,8 +187,6 @@ def test_any_columns(folder, columns, cell, declared):
 def test_unknown_sets_and_folders(tmp_path):
     with pytest.raises(UsageError, match=r"did you mean 'wfdb'"):
         open_source("wfbd", tmp_path, {})
-    with pytest.raises(UsageError, match="not there yet"):
-        open_source("code15", tmp_path, {})
     with pytest.raises(UsageError, match="needs --source"):
         open_source("wfdb", None, {})
     with pytest.raises(DataError, match="no such folder"):
