@@ -10,6 +10,8 @@ import numpy as np
 from ecg_jax.ecg_paper import Tracing
 from ecg_jax.errors import DataError
 
+SHOWN_LABELS = 30  # of a task; the commonest
+
 
 def read_card(path: Path) -> dict:
     """The card of the data folder at `path`. Raises DataError where there is none."""
@@ -21,7 +23,7 @@ def read_card(path: Path) -> dict:
 
 def raw_record(header: Path) -> Tracing:
     """A WFDB record (its `.hea` file) as it lies on disk, in mV."""
-    from ecg_jax.records.readers import read_wfdb
+    from ecg_jax.records.readers.wfdb import read_wfdb
     from ecg_jax.records.record import Refused
 
     try:
@@ -65,7 +67,7 @@ def _notes(age: float, sex: float, labels: dict, names: dict) -> str:
 
 
 def card_lines(card: dict) -> list[str]:
-    """The card as lines for a terminal."""
+    """The card as lines for a terminal: what was made, what became of every record, what to look at, prevalences."""
     lines = [f"{card['name']} {card['version']}   {card.get('path', '')}".rstrip()]
     rate, leads = card["rate"], card["leads"]
     made = f"unit {card['unit']}, filter chain {card['chain']['name']}, R peaks {card['detector']}"
@@ -73,15 +75,42 @@ def card_lines(card: dict) -> list[str]:
     for split, counts in card["splits"].items():
         records, groups, shards = counts["records"], counts["patients"], counts["shards"]
         lines.append(f"  {split:5} {records:>9,} records  {groups:>9,} groups  {shards:>5} shards")
-    refused = card.get("refused", {})
-    if refused:
-        total = sum(refused.values())
-        lines.append(f"  refused {total:,}: " + ", ".join(f"{reason} {n:,}" for reason, n in sorted(refused.items())))
+    lines += _fate_lines(card)
+    lines += [f"  ! {finding}" for finding in card.get("findings", ())]
     for task, names in card["tasks"].items():
-        prevalence = card["prevalence"][task]
-        lines.append(f"  task {task} ({len(names)} labels), share of positives in " + ", ".join(prevalence))
-        width = max(map(len, names))
-        for i, name in enumerate(names):
-            shares = "  ".join("      -" if v[i] is None else f"{v[i]:7.2%}" for v in prevalence.values())
-            lines.append(f"    {name:{width}}  {shares}")
+        lines += _prevalence_lines(task, names, card["prevalence"][task])
+    return lines
+
+
+def _fate_lines(card: dict) -> list[str]:
+    lines = []
+    if counts := card.get("accounting"):  # a dry run has none
+        skipped = sum(counts["skipped"].values())
+        total = f"{counts['written']:,} written + {counts['quarantined']:,} quarantined + {skipped:,} skipped"
+        lines.append(f"  {counts['listed']:,} recordings = {total}")
+        lines += [f"    skipped {n:,}: {reason}" for reason, n in counts["skipped"].items()]
+    if refused := card.get("refused"):
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in sorted(refused.items(), key=lambda r: -r[1]))
+        lines.append(f"    quarantined, by reason (details and remedies in quarantine.jsonl): {reasons}")
+    if quality := card.get("quality"):
+        bits = sorted(((name, sum(per.values())) for name, per in quality.items()), key=lambda bit: -bit[1])
+        lines.append("    quality bits: " + ", ".join(f"{name} {n:,}" for name, n in bits))
+    amplitude = card.get("amplitude", {})
+    if amplitude.get("known"):
+        spread = f"5 to 95 %: {amplitude['p5']:.3g} to {amplitude['p95']:.3g}"
+        lines.append(f"    amplitude: median {amplitude['median']:.3g} {amplitude['unit']} peak to peak ({spread})")
+    return lines
+
+
+def _prevalence_lines(task: str, names: list[str], prevalence: dict[str, list]) -> list[str]:
+    lines = [f"  task {task} ({len(names)} labels), share of positives in " + ", ".join(prevalence)]
+    width = max(map(len, names))
+    order = range(len(names))
+    if len(names) > SHOWN_LABELS:
+        order = sorted(order, key=lambda i: -max((v[i] or 0) for v in prevalence.values()))[:SHOWN_LABELS]
+    for i in order:
+        shares = "  ".join("      -" if v[i] is None else f"{v[i]:7.2%}" for v in prevalence.values())
+        lines.append(f"    {names[i]:{width}}  {shares}")
+    if len(names) > SHOWN_LABELS:
+        lines.append(f"    and {len(names) - SHOWN_LABELS} rarer ones, see card.json")
     return lines

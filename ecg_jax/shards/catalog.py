@@ -8,6 +8,7 @@ the card names; a smaller subset lies inside a larger one at the same offset, in
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from ecg_jax.errors import DataError, UsageError, did_you_mean
 from ecg_jax.shards import schema
-from ecg_jax.shards.grouping import circle
+from ecg_jax.shards.grouping import circle, shard_name
 from ecg_jax.shards.schema import CARD, CARD_FORMAT, SIGNATURES, STATE
 
 
@@ -213,8 +214,8 @@ def write_tfds(
 
     features, byte = tfds.features, tfds.features.Encoding.BYTES
 
-    def raw(shape: tuple[int | None, ...], dtype: Any) -> Any:
-        return features.Tensor(shape=shape, dtype=dtype, encoding=byte)
+    def raw(shape: tuple[int | None, ...], dtype: Any, doc: str | None = None) -> Any:
+        return features.Tensor(shape=shape, dtype=dtype, encoding=byte, doc=doc)
 
     fields = {
         "signal": raw((schema.LENGTH, len(schema.LEAD_NAMES[leads])), np.int16),
@@ -230,7 +231,11 @@ def write_tfds(
         "meta": features.Text(),
     }
     if tasks:
-        fields["labels"] = {task: raw((len(names),), np.int8) for task, names in tasks.items()}
+        # TFDS has no multi-label feature with an unknown state, so the label names stand in the documentation.
+        fields["labels"] = {
+            task: raw((len(names),), np.int8, f"1 present, 0 absent, -1 unknown, of {json.dumps(names)}")
+            for task, names in tasks.items()
+        }
     infos = [
         tfds.core.SplitInfo(
             name=split,
@@ -242,11 +247,22 @@ def write_tfds(
         )
         for split, shards in splits.items()
     ]
+    # Written aside and renamed: a full disk must not leave half a file that TFDS would open. TFDS wants files named
+    # like shards where it writes, and finds empty ones.
+    aside = folder / STATE / "tfds"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    stand_ins = [aside / shard_name(name, split, 0, len(shards)) for split, shards in splits.items()]
+    for path in stand_ins:
+        path.touch()
     tfds.folder_dataset.write_metadata(
-        data_dir=folder,
+        data_dir=aside,
         features=features.FeaturesDict(fields),
         split_infos=infos,
         version=version,
         check_data=False,
         description=f"{name} {version}: 10 s ECGs at {schema.RATE} Hz, written by ecg-jax.",
     )
+    for path in sorted(set(aside.iterdir()) - set(stand_ins)):
+        path.replace(folder / path.name)
+    shutil.rmtree(aside)

@@ -8,7 +8,6 @@ alone.
 import hashlib
 import json
 import platform
-from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +18,12 @@ import numpy as np
 from ecg_jax.errors import DataError
 from ecg_jax.progress import track
 from ecg_jax.records.beats import DETECTOR
-from ecg_jax.records.signature import signature
-from ecg_jax.shards import schema
-from ecg_jax.shards.catalog import Subset, select, write_tfds
+from ecg_jax.shards import review, schema
+from ecg_jax.shards.catalog import DataFolder, group_hex, write_tfds
 from ecg_jax.shards.grouping import SPLITS, ShardPlan
+from ecg_jax.shards.remedies import remedy
 from ecg_jax.shards.schema import CARD, CARD_FORMAT, QUARANTINE, SIGNATURES
+from ecg_jax.shards.statistics import bayes_statistics, label_statistics, subset_table
 from ecg_jax.shards.writer import (
     Columns,
     Job,
@@ -36,12 +36,15 @@ from ecg_jax.shards.writer import (
     write_atomic,
 )
 
-FRACTIONS = (0.01, 0.02, 0.05, 0.10, 0.20, 0.50, 1.0)
-OFFSETS = (0.0, 1 / 3, 2 / 3)  # independent draws; a share above a third would overlap the next one
+OVERLAPS = "overlaps.jsonl"
 
 
-def finish(job: Job, plans: Sequence[ShardPlan], identity: dict[str, Any]) -> dict[str, Any]:
+def finish(
+    job: Job, plans: Sequence[ShardPlan], identity: dict[str, Any], against: Sequence[DataFolder] = ()
+) -> dict[str, Any]:
     """Settle what concerns more than one shard and write the card. Returns the card.
+
+    against: other data folders, whose recordings are looked for in this one.
 
     Raises DataError when nothing was accepted (first reason), when one patient is in two splits, or when a
     record id occurs twice; MachineError where the disk fails.
@@ -55,7 +58,7 @@ def finish(job: Job, plans: Sequence[ShardPlan], identity: dict[str, Any]) -> di
     _refuse_empty(job, plans, states, len(shard))
     _refuse_leaks(rows, split)
 
-    copies = duplicates(rows)
+    copies = review.duplicates(rows)
     for number in track(sorted({int(shard[i]) for i in copies}), "duplicates"):
         drop = sorted(rows.record_id[i].decode() for i in copies if shard[i] == number)
         if states[number]["dropped"] != drop:
@@ -69,6 +72,7 @@ def finish(job: Job, plans: Sequence[ShardPlan], identity: dict[str, Any]) -> di
     for i, first in copies.items():
         detail = f"{rows.record_id[first].decode()}: same content, another patient; the smaller id is kept"
         line = {"id": rows.record_id[i].decode(), "reason": "duplicate-of", "detail": detail}
+        line["remedy"] = remedy("duplicate-of")
         lines.append(line | {"split": SPLITS[split[i]]})
     lines.sort(key=lambda line: (line["id"], line["reason"]))
     write_atomic(job.folder / QUARANTINE, ((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines))
@@ -78,6 +82,12 @@ def finish(job: Job, plans: Sequence[ShardPlan], identity: dict[str, Any]) -> di
     kept = _filtered(rows, keep)
     card = _card(job, plans, names, states, kept, split[keep], lines, identity)
     card["counts"]["duplicates"] = len(copies)
+    card["counts"]["duplicates_across_splits"] = sum(int(split[i] != split[first]) for i, first in copies.items())
+    card["accounting"] = review.accounting(rows, shard, keep, states, job.source.skipped)
+    card["quality"] = review.quality_counts(kept, split[keep], SPLITS)
+    card["amplitude"] = review.amplitude_summary(kept, job.source.unit)
+    card["overlaps"] = _overlaps(job.folder, kept, split[keep], against)
+    card["findings"] = review.findings(card)
     card["signatures"] = {"file": SIGNATURES, "count": len(signatures), "sha256": signatures_digest}
     card["lineage"] = [
         {
@@ -125,44 +135,6 @@ def _filtered(rows: Columns, keep: np.ndarray) -> Columns:
     return Columns(*(cut(value) for value in rows))
 
 
-_SILENT = np.frombuffer(signature(np.zeros((12, schema.LENGTH))), "<u8")  # says nothing about whose it is
-
-
-def duplicates(rows: Columns) -> dict[int, int]:
-    """row of a copy -> row that it is a copy of.
-
-    Rows with one half of the signature in common (`records.signature.same_content`, taken transitively) are
-    one content. Of one content, the smallest record id stays, with all records of its group; those of other
-    groups go.
-    """
-    parent: dict[int, int] = {}
-
-    def root(i: int) -> int:
-        while (up := parent.setdefault(i, i)) != i:
-            parent[i] = i = parent[up]
-        return i
-
-    for half in (0, 1):
-        values = rows.signature[:, half]
-        order = np.argsort(values, kind="stable")
-        values = values[order]
-        start = np.flatnonzero(np.append(True, values[1:] != values[:-1])) if len(values) else np.zeros(0, int)
-        length = np.diff(np.append(start, len(values)))
-        several = (length > 1) & (values[start] != _SILENT[half])
-        for at, n in zip(start[several].tolist(), length[several].tolist(), strict=True):
-            for i in order[at + 1 : at + n].tolist():
-                parent[root(i)] = root(int(order[at]))
-    contents: dict[int, list[int]] = {}
-    for i in sorted(parent):
-        contents.setdefault(root(i), []).append(i)
-    found: dict[int, int] = {}
-    for members in contents.values():
-        members.sort(key=lambda i: rows.record_id[i])
-        first = members[0]
-        found |= {i: first for i in members[1:] if rows.group[i] != rows.group[first]}
-    return found
-
-
 def _refuse_empty(job: Job, plans: Sequence[ShardPlan], states: list[dict[str, Any]], written: int) -> None:
     if written:
         return
@@ -191,65 +163,6 @@ def _refuse_leaks(rows: Columns, split: np.ndarray) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- the card
-
-
-def _entropy(share: np.ndarray) -> np.ndarray:
-    p = np.clip(share, 1e-300, 1.0)
-    q = np.clip(1.0 - share, 1e-300, 1.0)
-    return -(share * np.log(p) + (1.0 - share) * np.log(q))
-
-
-def label_statistics(labels: np.ndarray) -> dict[str, Any]:
-    """int8 [n, K] -> known, positives, prevalence [K] (None where nobody looked) and the mean entropy in nats
-    of predicting each label's prevalence, over the labels that were looked for."""
-    known, positive = (labels >= 0).sum(0), (labels == 1).sum(0)
-    seen = known > 0
-    share = positive / np.maximum(known, 1)
-    entropy = float(_entropy(share[seen]).mean()) if seen.any() else None
-    return {
-        "known": known.tolist(),
-        "positives": positive.tolist(),
-        "prevalence": [float(s) if k else None for s, k in zip(share, seen, strict=True)],
-        "entropy": entropy,
-    }
-
-
-def bayes_statistics(labels: np.ndarray, bayes: np.ndarray) -> dict[str, float]:
-    """The loss (BCE in nats, mean over labels) of the Bayes probabilities on these labels, and its
-    expectation."""
-    mask = labels >= 0
-    p = np.clip(bayes, 1e-12, 1 - 1e-12)
-    loss = np.where(mask, -np.where(labels == 1, np.log(p), np.log1p(-p)), 0.0)
-    expected = np.where(mask, _entropy(bayes), 0.0)
-    count, seen = np.maximum(mask.sum(0), 1), mask.any(0)
-    return {
-        "loss": float((loss.sum(0) / count)[seen].mean()),
-        "entropy": float((expected.sum(0) / count)[seen].mean()),
-    }
-
-
-def _subsets(kept: Columns, train: np.ndarray) -> list[dict[str, Any]]:
-    group = kept.group[train]
-    index = np.zeros(len(group), [("order_hash", "<u8"), ("group", "<u8")])
-    index["order_hash"], index["group"] = kept.order[train], group
-    table = []
-    for offset in OFFSETS:
-        for fraction in FRACTIONS:
-            if offset and fraction > 1 / 3:
-                continue
-            inside = select(index, Subset(fraction, offset=offset))
-            labels = {task: label_statistics(values[train][inside]) for task, values in kept.labels.items()}
-            table.append(
-                {
-                    "fraction": fraction,
-                    "offset": offset,
-                    "records": int(inside.sum()),
-                    "patients": len(np.unique(group[inside])),
-                    "positives": {task: found["positives"] for task, found in labels.items()},
-                    "label_entropy": {task: found["entropy"] for task, found in labels.items()},
-                }
-            )
-    return table
 
 
 def _card(
@@ -285,7 +198,7 @@ def _card(
         for task, values in kept.labels.items():
             labels[task][name] = label_statistics(values[inside])
     source_digest = hashlib.sha256(b"".join(sorted(row.tobytes() for row in kept.source))).hexdigest()
-    refused = sum(len(state["refused"]) for state in states)
+    refused = sum(not line.get("window") for state in states for line in state["refused"])
     return {
         "format": CARD_FORMAT,
         "name": job.source.name,
@@ -304,7 +217,7 @@ def _card(
         "positives": _per_task(labels, "positives"),
         "known": _per_task(labels, "known"),
         "prior_entropy": _per_task(labels, "entropy"),
-        "subsets": _subsets(kept, split == 0),
+        "subsets": subset_table(*_train(kept, split == 0)),
         "counts": {
             "items": sum(state["items"] for state in states),
             "items_refused": refused,
@@ -312,7 +225,7 @@ def _card(
             "duplicates": 0,
             "written": len(split),
         },
-        "refused": dict(sorted(Counter(line["reason"] for line in lines).items())),
+        "refused": review.tally(lines),
         "id_space": job.id_space,
         "pseudonymised": ["record_id", "patient_id"] if job.pseudonyms else [],
         "source": job.source.about,
@@ -321,6 +234,31 @@ def _card(
         "identity": identity,
         "files": files,
     }
+
+
+def _train(kept: Columns, train: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    return kept.group[train], kept.order[train], {task: values[train] for task, values in kept.labels.items()}
+
+
+def _overlaps(folder: Path, kept: Columns, split: np.ndarray, against: Sequence[DataFolder]) -> dict[str, Any]:
+    """Name of another data set -> how many records here are recordings of it. Each goes to `overlaps.jsonl`, with the
+    group hash that an exclude list takes."""
+    found: dict[str, Any] = {}
+    lines = []
+    for other in against:
+        name = f"{other.card['name']}/{other.card['version']}"
+        same = np.flatnonzero(review.known_elsewhere(kept, other.signatures()) >= 0)
+        found[name] = {
+            "records": len(same),
+            "patients": len(np.unique(kept.group[same])),
+            "splits": {part: int((split[same] == number).sum()) for number, part in enumerate(SPLITS)},
+        }
+        for i in same:
+            line = {"id": kept.record_id[i].decode(), "split": SPLITS[split[i]], "group": group_hex(kept.group[i])}
+            lines.append(line | {"also_in": name})
+    lines.sort(key=lambda line: (line["id"], line["also_in"]))
+    write_atomic(folder / OVERLAPS, ((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines))
+    return found
 
 
 def _per_task(labels: dict[str, dict[str, Any]], field: str) -> dict[str, Any]:

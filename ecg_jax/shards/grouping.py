@@ -6,14 +6,16 @@ split and in one shard, and inside a shard the groups follow their place on the 
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ecg_jax.datasets.source import Item
+from ecg_jax.datasets.source import Item, PackedItems, pack
 from ecg_jax.errors import DataError, UsageError
+from ecg_jax.progress import track
 from ecg_jax.shards.schema import FRAME_EXTRA, LEAD_NAMES, LENGTH, Leads
 
 LANES = 8
@@ -64,7 +66,7 @@ class ShardPlan:
     split: str
     number: int
     count: int
-    items: tuple[Item, ...]
+    items: PackedItems
 
     def file_name(self, dataset: str) -> str:
         return shard_name(dataset, self.split, self.number, self.count)
@@ -75,55 +77,95 @@ def shard_name(dataset: str, split: str, number: int, count: int) -> str:
     return f"{dataset.replace('-', '_')}-{split}.tfrecord-{number:05d}-of-{count:05d}"
 
 
-def official_splits(items: Sequence[Item]) -> dict[str, str]:
-    """group -> its official split. Raises DataError naming a patient that the source puts into two."""
-    official: dict[str, tuple[str, str]] = {}
-    for item in items:
-        if item.split is None:
-            continue
-        if item.split not in SPLITS:
-            raise DataError(f"record {item.record_id}: split {item.split!r} is none of {', '.join(SPLITS)}")
-        split, first = official.setdefault(item.group, (item.split, item.record_id))
-        if split != item.split:
-            raise DataError(
-                f"patient {item.group} is in two splits: record {first} in {split}, record {item.record_id} "
-                f"in {item.split}; training would see test patients: correct the source's splits"
-            )
-    return {group: split for group, (split, _) in official.items()}
+class Listing(NamedTuple):
+    """All items of a source and where each belongs, a few bytes each."""
+
+    items: PackedItems
+    split: np.ndarray  # int8 [n], index into SPLITS
+    place: np.ndarray  # uint64 [n], hash of the group that decides the shard
+    digest: str  # of ids, groups and official splits, in order
 
 
-def plan(
-    dataset: str, items: Sequence[Item], leads: Leads, shards: int | None, key: Callable[[str], str] = str
-) -> list[ShardPlan]:
-    """Every shard of the data folder, empty ones included, train first.
+def survey(dataset: str, items: Sequence[Item], key: Callable[[str], str] = str) -> Listing:
+    """Look at every item once, holding 20 bytes of each.
 
-    `shards` fixes the number for train (a multiple of 8; the other splits get at most as many), None goes by
-    size. `key` maps a group to the name that is hashed (its pseudonym). Splits without records get no shard.
+    `key` maps a group to the name that is hashed (its pseudonym). An official split wins over the hash, and goes for
+    all recordings of its patient. Raises DataError naming a record id that is listed twice, an unknown split, or a
+    patient that the source puts into two splits.
     """
+    items = items if isinstance(items, PackedItems) else pack(items)
+    identity, place = np.empty(len(items), np.uint64), np.empty(len(items), np.uint64)
+    official, hashed = np.empty(len(items), np.int8), np.empty(len(items), np.int8)
+    digest = hashlib.sha256()
+    for i, item in enumerate(track(items, "listing", unit="records")):
+        if item.split is not None and item.split not in SPLITS:
+            raise DataError(f"record {item.record_id}: split {item.split!r} is none of {', '.join(SPLITS)}")
+        name = key(item.group)
+        identity[i] = hash64("record", dataset, item.record_id)
+        place[i] = hash64("shard", dataset, name)
+        official[i] = -1 if item.split is None else SPLITS.index(item.split)
+        hashed[i] = SPLITS.index(split_of(dataset, name))
+        digest.update(json.dumps([item.record_id, item.group, item.split]).encode() + b"\n")
+    _refuse_repeated(dataset, items, identity)
+    return Listing(items, _settle(items, place, official, hashed), place, digest.hexdigest()[:16])
+
+
+def _refuse_repeated(dataset: str, items: PackedItems, identity: np.ndarray) -> None:
+    order = np.argsort(identity, kind="stable")
+    same = identity[order][1:] == identity[order][:-1]
+    seen: set[str] = set()
+    for i in order[np.flatnonzero(np.append(same, False) | np.append(False, same))]:  # hashes may also collide
+        record_id = items[int(i)].record_id
+        if record_id in seen:
+            raise DataError(f"{dataset}: record id {record_id!r} is listed twice: ids must be unique")
+        seen.add(record_id)
+
+
+def _settle(items: PackedItems, place: np.ndarray, official: np.ndarray, hashed: np.ndarray) -> np.ndarray:
+    """int8 [n]: the split of each item. Items with one `place` are one patient's."""
+    known = np.flatnonzero(official >= 0)
+    order = known[np.argsort(place[known], kind="stable")]
+    same = place[order][1:] == place[order][:-1]
+    for at in np.flatnonzero(same & (official[order][1:] != official[order][:-1]))[:1]:
+        one, other = (items[int(i)] for i in order[at : at + 2])
+        raise DataError(
+            f"patient {other.group} is in two splits: record {one.record_id} in {one.split}, record {other.record_id} "
+            f"in {other.split}; training would see test patients: correct the source's splits"
+        )
+    split = np.where(official >= 0, official, hashed)
+    if 0 < len(known) < len(items):
+        at = np.minimum(np.searchsorted(place[order], place), len(order) - 1)
+        split = np.where(place[order][at] == place, official[order][at], split)
+    return split.astype(np.int8)
+
+
+def check_shards(shards: int | None) -> None:
+    """Raise UsageError for a number of shards that does not fill the lanes."""
     if shards is not None and (shards < LANES or shards % LANES):
         near = max(LANES, round(shards / LANES) * LANES)
         raise UsageError(f"--shards {shards}: must be a multiple of {LANES} (one lane each), for example {near}")
-    official = official_splits(items)
-    place: dict[str, tuple[str, int]] = {}
-    members: dict[str, list[tuple[int, Item]]] = {split: [] for split in SPLITS}
-    for item in items:
-        if item.group not in place:
-            name = key(item.group)
-            split = official.get(item.group) or split_of(dataset, name)
-            place[item.group] = split, hash64("shard", dataset, name)
-        split, value = place[item.group]
-        members[split].append((value, item))
+
+
+def plan(listing: Listing, leads: Leads, shards: int | None) -> list[ShardPlan]:
+    """Every shard of the data folder, empty ones included, train first.
+
+    `shards` fixes the number for train (a multiple of 8; the other splits get at most as many), None goes by
+    size. Splits without records get no shard.
+    """
+    check_shards(shards)
     plans = []
-    for split, chosen in members.items():
-        if not chosen:
+    for number, split in enumerate(SPLITS):
+        chosen = np.flatnonzero(listing.split == number)
+        if not len(chosen):
             continue
         count = shard_count(len(chosen), leads)
         if shards is not None:
             count = shards if split == "train" else min(count, shards)
-        buckets: list[list[Item]] = [[] for _ in range(count)]
-        for value, item in chosen:
-            buckets[value % count].append(item)
-        plans += [ShardPlan(split, number, count, tuple(bucket)) for number, bucket in enumerate(buckets)]
+        shard = (listing.place[chosen] % np.uint64(count)).astype(np.int32)
+        order = np.argsort(shard, kind="stable")  # inside a shard, the order of the source
+        edges = np.searchsorted(shard[order], np.arange(count + 1))
+        for i in range(count):
+            plans.append(ShardPlan(split, i, count, listing.items.take(chosen[order[edges[i] : edges[i + 1]]])))
     return plans
 
 

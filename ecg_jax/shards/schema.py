@@ -116,7 +116,22 @@ def _float(value: float) -> bytes:
 def meta_json(meta: Mapping[str, Any]) -> bytes:
     """`meta` as UTF-8 JSON with sorted keys; NumPy numbers and arrays become numbers and lists, NaN becomes
     null."""
-    return json.dumps(_plain(meta), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    try:
+        return _encode(meta).encode()
+    except (TypeError, ValueError):  # NaN, or keys that are no text
+        return _encode(_plain(meta)).encode()
+
+
+def _default(value: Any) -> Any:
+    plain = _plain(value)
+    if plain is value:
+        raise TypeError(f"{type(value).__name__} is no JSON")
+    return plain
+
+
+_encode = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_default
+).encode
 
 
 def _plain(value: Any) -> Any:
@@ -333,11 +348,16 @@ def masked_crc(data: bytes) -> int:
     return mask(google_crc32c.value(data))
 
 
-def frame(payload: bytes) -> bytes:
-    """`payload` in a TFRecord frame: length u64, its masked CRC32C u32, the payload, its masked CRC32C
-    u32."""
+def frame_parts(payload: bytes) -> tuple[bytes, bytes, bytes]:
+    """A TFRecord frame in the pieces to write one after the other: length u64 and its masked CRC32C u32, the payload
+    (not copied), its masked CRC32C u32."""
     length = struct.pack("<Q", len(payload))
-    return b"".join([length, struct.pack("<I", masked_crc(length)), payload, struct.pack("<I", masked_crc(payload))])
+    return length + struct.pack("<I", masked_crc(length)), payload, struct.pack("<I", masked_crc(payload))
+
+
+def frame(payload: bytes) -> bytes:
+    """`payload` in a TFRecord frame."""
+    return b"".join(frame_parts(payload))
 
 
 def damaged(path: Path, offset: int, what: str) -> DataError:

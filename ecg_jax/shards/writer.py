@@ -12,51 +12,28 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ecg_jax.datasets.source import Source
-from ecg_jax.errors import DataError, MachineError, UsageError
+from ecg_jax.datasets.source import Item, Source
+from ecg_jax.errors import DataError, MachineError
 from ecg_jax.records.leads import INDEPENDENT, LEADS, expand_matrix
 from ecg_jax.records.preprocess import Chain, prepare_many
 from ecg_jax.records.record import Prepared, Record, Refused
 from ecg_jax.shards import schema
 from ecg_jax.shards.grouping import ShardPlan, hash64
+from ecg_jax.shards.pseudonyms import Pseudonyms
+from ecg_jax.shards.remedies import remedy
 from ecg_jax.shards.schema import STATE
 
-CHUNK = 128  # recordings prepared together: large enough for batched filters, 30 MB at 500 Hz
+WRITE_BUFFER = 1 << 20
+CHUNK, CHUNK_VALUES = 128, 1 << 23  # recordings, or samples of all leads, prepared together: 32 MB
 EIGHT_LEADS_TOLERANCE = 20.0  # uV; rounding alone leaves 1.5
-
-
-@dataclass(frozen=True)
-class Pseudonyms:
-    """Keyed blake2b of ids: the same id gives the same 32 hex digits under one key, and no way back without
-    it."""
-
-    key: bytes
-
-    @classmethod
-    def load(cls, path: Path) -> "Pseudonyms":
-        try:
-            secret = Path(path).read_bytes().strip()
-        except OSError as error:
-            raise UsageError(f"--pseudonymise {path}: {error.strerror or error}") from None
-        if len(secret) < 16:
-            raise UsageError(f"--pseudonymise {path}: holds {len(secret)} bytes, a key needs at least 16 random ones")
-        return cls(hashlib.blake2b(secret, digest_size=32).digest())
-
-    def __call__(self, name: str) -> str:
-        return hashlib.blake2b(name.encode(), digest_size=16, key=self.key).hexdigest()
-
-    @property
-    def check(self) -> str:
-        """Tells keys apart without giving them away."""
-        return hashlib.blake2b(b"", digest_size=4, key=self.key, person=b"check").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -68,13 +45,13 @@ class Job:
     chain: Chain
     windows: str
     leads: schema.Leads
+    missing_leads: Literal["refuse", "zero"]
     pseudonyms: Pseudonyms | None
     strict: bool
 
     @property
     def id_space(self) -> str:
-        """Name under which group hashes are comparable: data sets that share patient ids state the same
-        one."""
+        """Name under which group hashes are comparable: data sets that share patient ids state the same one."""
         return str(self.source.about.get("id_space", self.source.name))
 
 
@@ -87,6 +64,9 @@ class Columns(NamedTuple):
     order: np.ndarray  # uint64 place on the subset circle
     signature: np.ndarray  # uint64 [n, 2]
     source: np.ndarray  # uint8 [n, 32]
+    recording: np.ndarray  # int32, which of the shard's items it is a window of
+    amplitude: np.ndarray  # float32, `meta["amplitude"]`; NaN where the record has none
+    quality: np.ndarray  # int64, bits of `audit.Quality`
     labels: dict[str, np.ndarray]  # int8 [n, K]
     bayes: dict[str, np.ndarray]  # float64 [n, K], only where the records carry it
 
@@ -99,10 +79,11 @@ def write_atomic(path: Path, chunks: Iterable[bytes]) -> tuple[int, str]:
 
     Raises MachineError (disk full, read-only, ...) with nothing left of this file.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Not the process id: workers on several machines may have the same.
+    temporary = path.with_name(f"{path.name}.{os.urandom(6).hex()}.tmp")
     digest, size = hashlib.sha256(), 0
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("wb", buffering=WRITE_BUFFER) as file:
             for chunk in chunks:
                 file.write(chunk)
                 digest.update(chunk)
@@ -132,6 +113,7 @@ def machine_error(path: Path, error: OSError) -> MachineError:
         errno.ENOSPC: "free some space",
         errno.EDQUOT: "free some of your quota",
         errno.EROFS: "choose an --out that can be written",
+        errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
         errno.EACCES: "choose an --out that you may write",
         errno.EPERM: "choose an --out that you may write",
     }.get(error.errno or 0, "mend that")
@@ -157,24 +139,25 @@ def npy_bytes(array: np.ndarray) -> bytes:
 def write_shard(job: Job, plan: ShardPlan) -> None:
     """Read, prepare, encode and store the shard of `plan`, with its index and its sidecar.
 
-    Raises DataError at the first refused record if `job.strict`, MachineError where the disk fails.
+    Raises DataError at the first refused record or window if `job.strict`, MachineError where the disk fails.
     """
     name = plan.file_name(job.source.name)
-    rows: list[tuple[int, str, schema.Encoded, Prepared]] = []
-    refused: list[dict[str, str]] = []
-    for record_id, outcome in _prepared(job, plan):
-        if isinstance(outcome, Refused):
-            if job.strict:
-                raise DataError(f"record {record_id}: {outcome} (--strict accepts no refused record)")
-            refused.append(_quarantine_line(job, record_id, outcome))
-            continue
-        for p in outcome:
-            order = hash64("order", job.source.name, p.group)
-            rows.append((order, p.record_id, schema.encode_indexed(p, job.leads), replace(p, signal=_NO_SIGNAL)))
-    rows.sort(key=lambda row: row[:2])
+    rows: list[_Row] = []
+    refused: list[dict[str, Any]] = []
+    written = 0
+    for recording, (record_id, outcome) in enumerate(_prepared(job, plan)):
+        kept, lines = _settled(job, record_id, outcome)
+        if lines and job.strict:
+            first = lines[0]
+            raise DataError(f"record {first['id']}: {first['reason']}: {first['detail']} (--strict accepts no refusal)")
+        refused += lines
+        written += bool(kept)
+        rows += [_row(job, recording, p) for p in kept]
+    rows.sort(key=lambda row: (row.order, row.record_id))
     index = np.zeros(len(rows), schema.IndexRow)
     at = 0
-    for i, (order, record_id, encoded, p) in enumerate(rows):
+    for i, row in enumerate(rows):
+        encoded = row.encoded
         index[i] = (
             at,
             len(encoded.payload),
@@ -182,23 +165,56 @@ def write_shard(job: Job, plan: ShardPlan) -> None:
             schema.HEADER + encoded.id,
             encoded.id_length,
             plan.number,
-            p.valid,
-            hash64("split", job.source.name, p.group),
-            hash64("shard", job.source.name, p.group),
-            order,
-            hash64("group", job.id_space, p.group),
-            hash64("record", job.source.name, record_id),
+            row.valid,
+            hash64("split", job.source.name, row.group),
+            hash64("shard", job.source.name, row.group),
+            row.order,
+            hash64("group", job.id_space, row.group),
+            hash64("record", job.source.name, row.record_id),
         )
         at += len(encoded.payload) + schema.FRAME_EXTRA
-    columns = _columns(job, [row[3] for row in rows], index)
-    write_atomic(job.folder / STATE / f"{name}.npz", [_npz_bytes(columns)])
-    frames = (schema.frame(row[2].payload) for row in rows)
-    state = _store(job.folder, name, frames, index)
-    state |= {"items": len(plan.items), "prepared": len(rows), "refused": refused, "dropped": []}
+    write_atomic(job.folder / STATE / f"{name}.npz", [_npz_bytes(_columns(job, rows, index))])
+    state = _store(job.folder, name, (part for row in rows for part in schema.frame_parts(row.encoded.payload)), index)
+    state |= {"items": len(plan.items), "written": written, "prepared": len(rows), "refused": refused, "dropped": []}
     write_atomic(job.folder / STATE / f"{name}.json", [json_bytes(state)])
 
 
-_NO_SIGNAL = np.empty((0, len(LEADS)), np.int16)
+class _Row(NamedTuple):
+    """A window on its way into the shard: its bytes, and what index and columns need. The `Prepared` itself would
+    double the shard's memory."""
+
+    order: int  # place on the subset circle
+    record_id: str
+    encoded: schema.Encoded
+    recording: int  # which of the shard's items
+    group: str
+    patient_id: str
+    valid: tuple[int, int]
+    signature: bytes
+    source: bytes
+    amplitude: float
+    quality: int
+    labels: dict[str, np.ndarray]
+    bayes: dict[str, list[float] | None]
+
+
+def _row(job: Job, recording: int, p: Prepared) -> _Row:
+    amplitude = p.meta.get("amplitude")
+    return _Row(
+        order=hash64("order", job.source.name, p.group),
+        record_id=p.record_id,
+        encoded=schema.encode_indexed(p, job.leads),
+        recording=recording,
+        group=p.group,
+        patient_id=p.patient_id,
+        valid=p.valid,
+        signature=p.signature,
+        source=p.source,
+        amplitude=np.nan if amplitude is None else amplitude,
+        quality=p.quality,
+        labels=p.labels,
+        bayes={task: bayes_of(p.meta, task, len(names)) for task, names in job.source.tasks.items()},
+    )
 
 
 def _store(folder: Path, name: str, frames: Iterable[bytes], index: np.ndarray) -> dict[str, Any]:
@@ -207,83 +223,112 @@ def _store(folder: Path, name: str, frames: Iterable[bytes], index: np.ndarray) 
     return {"records": len(index), "bytes": size, "sha256": digest, "index_sha256": index_digest}
 
 
-def _prepared(job: Job, plan: ShardPlan) -> Iterator[tuple[str, list[Prepared] | Refused]]:
-    """(record id as stored, what became of it) for every item, read in the order of the source: the files'
-    order."""
-    items, records = iter(plan.items), iter(job.source.read(plan.items))
-    while chunk := list(islice(items, CHUNK)):
-        outcomes: list[list[Prepared] | Refused | None] = []
-        ready: list[Record] = []
-        for item in chunk:
-            record = next(records)
-            outcomes.append(record if isinstance(record, Refused) else None)
-            if isinstance(record, Refused):
-                continue
+Outcome = list[Prepared | Refused] | Refused
+
+
+def _prepared(job: Job, plan: ShardPlan) -> Iterator[tuple[str, Outcome]]:
+    """(record id as stored, what became of it) for every item, in the order of the source: the files' order."""
+    listed = list(plan.items)  # unpacked once
+    chunk: list[tuple[Item, Record | Refused]] = []
+    values = 0
+    for item, record in zip(listed, job.source.read(listed), strict=True):
+        if isinstance(record, Record):
             if (record.record_id, record.group) != (item.record_id, item.group):
                 raise ValueError(f"read() answered item {item.record_id} with record {record.record_id}")
-            ready.append(_renamed(job, record))
-        done = iter(prepare_many(ready, job.chain, job.windows) if ready else ())
-        for item, outcome in zip(chunk, outcomes, strict=True):
-            outcome = next(done) if outcome is None else outcome
-            if not isinstance(outcome, Refused) and job.leads == "8":
-                outcome = _eight_leads(outcome)
-            yield (job.pseudonyms(item.record_id) if job.pseudonyms else item.record_id), outcome
+            record = _renamed(job, record)
+            values += record.signal.size
+        chunk.append((item, record))
+        if len(chunk) == CHUNK or values > CHUNK_VALUES:
+            yield from _outcomes(job, chunk)
+            chunk, values = [], 0
+    yield from _outcomes(job, chunk)
+
+
+def _outcomes(job: Job, chunk: list[tuple[Item, Record | Refused]]) -> Iterator[tuple[str, Outcome]]:
+    ready = [record for _, record in chunk if isinstance(record, Record)]
+    done = iter(prepare_many(ready, job.chain, job.windows, job.missing_leads) if ready else ())
+    for item, record in chunk:
+        outcome = next(done) if isinstance(record, Record) else record
+        if not isinstance(outcome, Refused) and job.leads == "8":
+            outcome = [_eight_leads(p) for p in outcome]
+        yield (job.pseudonyms(item.record_id) if job.pseudonyms else item.record_id), outcome
 
 
 def _renamed(job: Job, record: Record) -> Record:
     if job.pseudonyms is None:
         return record
-    patient = record.patient_id and job.pseudonyms(record.patient_id)
-    return replace(
-        record,
-        record_id=job.pseudonyms(record.record_id),
-        group=job.pseudonyms(record.group),
-        patient_id=patient,
-    )
+    hide = job.pseudonyms
+    patient = record.patient_id and hide(record.patient_id)
+    return replace(record, record_id=hide(record.record_id), group=hide(record.group), patient_id=patient)
 
 
-def _eight_leads(windows: list[Prepared]) -> list[Prepared] | Refused:
-    """`windows`, if the four other limb leads follow from I and II and so need not be stored."""
-    matrix, kept = expand_matrix(), [LEADS.index(lead) for lead in INDEPENDENT]
-    for p in windows:
-        start, length = p.valid
-        signal = p.signal[start : start + length].astype(np.float32)
-        off = np.percentile(np.abs(signal[:, kept] @ matrix - signal).max(1), 99)
-        if off > EIGHT_LEADS_TOLERANCE:
-            detail = f"limb leads differ from those that I and II give by {off:.0f} uV: convert with --leads 12"
-            return Refused("leads-inconsistent", detail)
-    return windows
+def _eight_leads(p: Prepared | Refused) -> Prepared | Refused:
+    """`p`, if the four other limb leads follow from I and II and so need not be stored."""
+    if isinstance(p, Refused):
+        return p
+    start, length = p.valid
+    signal = p.signal[start : start + length].astype(np.float32)
+    off = np.percentile(np.abs(signal[:, _EIGHT] @ _MATRIX - signal).max(1), 99)
+    if off <= EIGHT_LEADS_TOLERANCE:
+        return p
+    detail = f"limb leads differ from those that I and II give by {off:.0f} uV: convert with --leads 12"
+    return Refused("leads-inconsistent", f"{p.record_id}: {detail}")
 
 
-def _quarantine_line(job: Job, record_id: str, refused: Refused) -> dict[str, str]:
+_MATRIX, _EIGHT = expand_matrix(), [LEADS.index(lead) for lead in INDEPENDENT]
+
+
+def _settled(job: Job, record_id: str, outcome: Outcome) -> tuple[list[Prepared], list[dict[str, Any]]]:
+    """(windows to store, quarantine lines) of one recording. A recording that keeps any window is not refused; one that
+    keeps none has a single line, however many windows it had."""
+    if isinstance(outcome, Refused):
+        return [], [_quarantine_line(job, record_id, outcome)]
+    kept = [p for p in outcome if not isinstance(p, Refused)]
+    gone = [p for p in outcome if isinstance(p, Refused)]
+    if not kept:
+        of_first = f"every window was refused, the first as {gone[0].detail}" if len(gone) > 1 else gone[0].detail
+        return [], [_quarantine_line(job, record_id, Refused(gone[0].reason, of_first))]
+    lines = []
+    for refusal in gone:
+        window = re.match(r"#\d+(?=: )", refusal.detail.removeprefix(" ".join(record_id.split())))
+        if window is None:
+            raise ValueError(f"a refused window of {record_id} does not name itself: {refusal.detail[:60]}")
+        lines.append(_quarantine_line(job, record_id + window[0], refusal) | {"window": True})
+    return kept, lines
+
+
+def _quarantine_line(job: Job, record_id: str, refused: Refused) -> dict[str, Any]:
     # A detail may quote file names and header lines, so it may quote a patient.
     hidden = "withheld (--pseudonymise): convert without it to read the detail"
-    return {"id": record_id, "reason": refused.reason, "detail": hidden if job.pseudonyms else refused.detail}
+    detail = hidden if job.pseudonyms else refused.detail
+    return {"id": record_id, "reason": refused.reason, "detail": detail, "remedy": remedy(refused.reason)}
 
 
 # ------------------------------------------------------------------------------------------------ the sidecar
 
 
-def _columns(job: Job, prepared: list[Prepared], index: np.ndarray) -> Columns:
-    n = len(prepared)
+def _columns(job: Job, rows: list[_Row], index: np.ndarray) -> Columns:
+    n = len(rows)
     labels, bayes = {}, {}
-    if extra := [p.record_id for p in prepared if set(p.labels) != set(job.source.tasks)]:
+    if extra := [row.record_id for row in rows if set(row.labels) != set(job.source.tasks)]:
         raise ValueError(f"{extra[0]}: has other label tasks than the source declares: {sorted(job.source.tasks)}")
     for task, names in job.source.tasks.items():
-        if wrong := [p.record_id for p in prepared if len(p.labels[task]) != len(names)]:
+        if wrong := [row.record_id for row in rows if len(row.labels[task]) != len(names)]:
             raise ValueError(f"{wrong[0]}: task {task!r} has not {len(names)} labels")
-        labels[task] = np.array([p.labels[task] for p in prepared], np.int8).reshape(n, len(names))
-        known = [bayes_of(p.meta, task, len(names)) for p in prepared]
-        if n and all(values is not None for values in known):
-            bayes[task] = np.array(known, np.float64).reshape(n, len(names))
-    patient = [hash64("group", job.id_space, p.patient_id) if p.patient_id else 0 for p in prepared]
+        labels[task] = np.array([row.labels[task] for row in rows], np.int8).reshape(n, len(names))
+        if n and all(row.bayes[task] is not None for row in rows):
+            bayes[task] = np.array([row.bayes[task] for row in rows], np.float64).reshape(n, len(names))
+    patient = [hash64("group", job.id_space, row.patient_id) if row.patient_id else 0 for row in rows]
     return Columns(
-        record_id=np.array([p.record_id.encode() for p in prepared], np.bytes_),
+        record_id=np.array([row.record_id.encode() for row in rows], np.bytes_),
         group=index["group"].copy(),
         patient=np.array(patient, np.uint64),
         order=index["order_hash"].copy(),
-        signature=np.frombuffer(b"".join(p.signature for p in prepared), "<u8").reshape(n, 2),
-        source=np.frombuffer(b"".join(p.source for p in prepared), np.uint8).reshape(n, schema.SOURCE_BYTES),
+        signature=np.frombuffer(b"".join(row.signature for row in rows), "<u8").reshape(n, 2),
+        source=np.frombuffer(b"".join(row.source for row in rows), np.uint8).reshape(n, schema.SOURCE_BYTES),
+        recording=np.array([row.recording for row in rows], np.int32),
+        amplitude=np.array([row.amplitude for row in rows], np.float32),
+        quality=np.array([row.quality for row in rows], np.int64),
         labels=labels,
         bayes=bayes,
     )
@@ -342,7 +387,8 @@ def drop_records(folder: Path, name: str, drop: list[str]) -> dict[str, Any]:
     start = np.concatenate([np.zeros(1, np.uint64), start[:-1]])[: len(rows)]
     rows["signal"] = rows["signal"] - rows["frame"] + start
     rows["frame"] = start
-    state |= _store(folder, name, (schema.frame(p) for p, k in zip(payloads, keep, strict=True) if k), rows)
+    left = (p for p, k in zip(payloads, keep, strict=True) if k)
+    state |= _store(folder, name, (part for p in left for part in schema.frame_parts(p)), rows)
     state["dropped"] = sorted(drop)
     write_atomic(folder / STATE / f"{name}.json", [json_bytes(state)])
     return state

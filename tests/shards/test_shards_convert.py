@@ -1,34 +1,22 @@
 import errno
 import importlib
-import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_source
+from read_back import contents, quarantine, stored
 
 from ecg_jax.errors import DataError, MachineError, UsageError
-from ecg_jax.shards import schema, writer
+from ecg_jax.shards import pool, resume, schema, writer
 from ecg_jax.shards.catalog import open_folder
 from ecg_jax.shards.convert import convert
 from ecg_jax.shards.grouping import hash64
 
-# The modules, which share their name with a function of theirs.
-convert_module = importlib.import_module("ecg_jax.shards.convert")
+# The module, which shares its name with a function of its own.
 finish = importlib.import_module("ecg_jax.shards.finish")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def stored(path: Path, split: str) -> list[dict]:
-    return [schema.decode(p) for shard in open_folder(path).shards(split) for p in schema.read_frames(shard.path)]
-
-
-def quarantine(path: Path) -> list[dict]:
-    return [json.loads(line) for line in (path / "quarantine.jsonl").read_text().splitlines()]
 
 
 # -------------------------------------------------------------------------------------------- what is written
@@ -44,8 +32,8 @@ def test_every_record_is_written_or_quarantined(folder):
     windows = [f"r0011#{i}" for i in range(3)]
     want = {f"r{i:04d}" for i in range(240)} - {"r0005", "r0100", "r0011"} | set(windows)
     assert ids == sorted(want)
-    counts = card["counts"]
-    assert counts == {"items": 240, "items_refused": 1, "records": 241, "duplicates": 1, "written": 240}
+    counts = {"items": 240, "items_refused": 1, "records": 241, "duplicates": 1, "written": 240}
+    assert card["counts"] | counts == card["counts"]
     assert {split: len(rows) for split, rows in found.items()} == {s: c["records"] for s, c in card["splits"].items()}
     assert card["refused"] == {"duplicate-of": 1, "not-good": 1}
 
@@ -122,10 +110,22 @@ def test_nothing_in_the_folder_tells_when_or_where_it_was_made(folder, tmp_path)
 
 
 def test_bytes_do_not_depend_on_workers(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_module, "write_shard", None)  # so that this process cannot have done it
+    monkeypatch.setattr(pool, "write_shard", None)  # so that this process cannot have done it
     card = convert(tiny_source.standard(), tmp_path, workers=2)
     assert card["report"]["shards_written"] == 24
     assert contents(Path(card["path"])) == contents(folder)
+
+
+@pytest.mark.parametrize(("name", "value"), [("CHUNK", 1), ("CHUNK", 7), ("CHUNK_VALUES", 20_000)])
+def test_bytes_do_not_depend_on_what_is_prepared_together(folder, tmp_path, monkeypatch, name, value):
+    monkeypatch.setattr(writer, name, value)
+    assert contents(Path(convert(tiny_source.standard(), tmp_path)["path"])) == contents(folder)
+
+
+def test_a_reader_that_skips_an_item_is_a_bug_that_shows(tmp_path):
+    source = replace(tiny_source.source(20), read=lambda items: tiny_source.read(items[1:]))
+    with pytest.raises(ValueError, match=r"shorter|answered item"):
+        convert(source, tmp_path)
 
 
 def test_a_second_run_does_nothing_and_a_lost_shard_alone_is_written_again(tmp_path):
@@ -145,11 +145,11 @@ def test_a_second_run_does_nothing_and_a_lost_shard_alone_is_written_again(tmp_p
     assert contents(path) == before
 
 
-@pytest.mark.parametrize("stop", [0, 1, 2, 3, 4, 5, 26, -6, -5, -4, -3, -2, -1])
+@pytest.mark.parametrize("stop", [0, 1, 2, 3, 4, 5, 26, -7, -6, -5, -4, -3, -2, -1])
 def test_a_run_killed_anywhere_is_refused_by_readers_and_then_finished(tmp_path, monkeypatch, stop):
     # Every file goes through write_atomic, so stopping at its n-th call (from the end where negative) is a
     # kill at every kind of moment: the plan, a shard's columns, frames, index and sidecar, the rewriting of a
-    # shard with a duplicate (-6 to -4), the quarantine, the signatures, the card.
+    # shard with a duplicate (-7 to -5), the quarantine, the signatures, the overlaps, the card.
     source = tiny_source.source(40, change={7: {"seed": 30}})
     calls, last = 0, 10**9
     original = writer.write_atomic
@@ -162,11 +162,11 @@ def test_a_run_killed_anywhere_is_refused_by_readers_and_then_finished(tmp_path,
             raise KeyboardInterrupt
         return original(path, chunks)
 
-    for module in (writer, convert_module, finish):
+    for module in (writer, resume, finish):
         monkeypatch.setattr(module, "write_atomic", dying)
     whole = convert(source, tmp_path / "whole")
     shards = len(whole["files"])
-    assert calls == 1 + 4 * shards + 3 + 3
+    assert calls == 1 + 4 * shards + 3 + 4
     calls, last = 0, stop % calls
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "cut")
@@ -176,7 +176,7 @@ def test_a_run_killed_anywhere_is_refused_by_readers_and_then_finished(tmp_path,
     card = convert(source, tmp_path / "cut")
     # A shard whose rewriting was cut between its files is written from the source again.
     assert card["report"]["shards_kept"] == (
-        (stop - 1) // 4 if stop > 0 else 0 if stop == 0 else shards - (stop in (-5, -4))
+        (stop - 1) // 4 if stop > 0 else 0 if stop == 0 else shards - (stop in (-6, -5))
     )
     assert contents(Path(card["path"])) == contents(Path(whole["path"]))
 
@@ -190,7 +190,10 @@ def test_a_run_killed_anywhere_is_refused_by_readers_and_then_finished(tmp_path,
         ({"shards": 16}, "--shards: null then, 16 now"),
         ({"windows": "first"}, "--windows: all then, first now"),
         ({"source": tiny_source.source(41)}, "recordings: 40 then, 41 now"),
-        ({"source": tiny_source.source(40, tasks={"main": ("a", "b", "z")})}, "tasks: "),
+        ({"source": tiny_source.source(40, tasks={"main": ("a", "b", "z")})}, 'tasks.main: ["a", "b", "c"] then'),
+        ({"source": tiny_source.source(40, about={"licence": "some"})}, "source.licence: none then, some now"),
+        ({"source": tiny_source.source(40, skipped={"folds": 2})}, "skipped.folds: null then, 2 now"),
+        ({"missing_leads": "zero"}, "--missing-leads: refuse then, zero now"),
     ],
 )
 def test_a_folder_begun_otherwise_is_refused(tmp_path, change, named):
@@ -202,6 +205,38 @@ def test_a_folder_begun_otherwise_is_refused(tmp_path, change, named):
         convert(options.pop("source"), options.pop("out"), **options)
     assert named in str(error.value) and "\n" not in str(error.value)
     assert contents(path) == before
+
+
+def test_a_damaged_plan_is_told(tmp_path):
+    source = tiny_source.source(10)
+    path = Path(convert(source, tmp_path)["path"])
+    for broken in (b"{", b"[1]", b"\xff\xfe", b"[" * 100_000):
+        (path / ".convert" / "plan.json").write_bytes(broken)
+        with pytest.raises(DataError, match="is damaged: delete"):
+            convert(source, tmp_path)
+
+
+def test_other_code_does_not_mix_its_shards_in(tmp_path, monkeypatch):
+    source = tiny_source.source(20)
+    path = Path(convert(source, tmp_path)["path"])
+    monkeypatch.setattr(resume, "code_versions", lambda: {"ecg-jax": "9.9.9"})
+    assert convert(source, tmp_path)["report"]["shards_written"] == 0  # complete: nothing to mix
+    (path / "card.json").unlink()
+    with pytest.raises(UsageError, match=r"code: ecg-jax .* then, ecg-jax 9\.9\.9 now"):
+        convert(source, tmp_path)
+
+
+def test_differences_name_the_innermost_key_and_the_place():
+    before = {"a": {"folds": "1-8/9/10", "same": 1}, "b": [1, 2], "gone": 0, "long": "x" * 60 + "y" + "z" * 60}
+    now = {"a": {"folds": "1-6/7/8", "same": 1}, "b": [1, 3], "long": "x" * 60 + "Y" + "z" * 60, "n": "1"}
+    found = resume.differences(before, now)
+    assert "a.folds: 1-8/9/10 then, 1-6/7/8 now" in found
+    assert "b: [1, 2] then, [1, 3] now" in found
+    assert "gone: 0 then, null now" in found and "n: null then, 1 now" in found
+    (long,) = [line for line in found if line.startswith("long")]
+    assert "xy" in long and "xY" in long and len(long) < 120
+    assert resume.differences({"a": 1}, {"a": "1"}) == ['a: 1 then, "1" now']
+    assert resume.differences(now, now) == []
 
 
 def test_a_foreign_folder_is_not_touched(tmp_path):
@@ -259,6 +294,9 @@ def test_strict_accepts_no_refusal(tmp_path):
         ({"limit": 0}, "at least 1"),
         ({"shards": 9}, "multiple of 8"),
         ({"windows": "some"}, "known are all, first"),
+        ({"missing_leads": "nan"}, "known are refuse, zero"),
+        ({"runner": "spark"}, "known are local, beam"),
+        ({"beam_options": ["runner=x"]}, "only with --runner beam"),
     ],
 )
 def test_wrong_arguments(tmp_path, options, message):
@@ -311,79 +349,3 @@ def test_an_out_that_cannot_be_a_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(MachineError, match="Not a directory"):
         convert(tiny_source.source(10), tmp_path / "file" / "out")
-
-
-# ------------------------------------------------------------------------------------------------ the options
-
-
-def test_dry_run_writes_nothing(tmp_path):
-    card = convert(tiny_source.source(90, splits=True), tmp_path / "out", dry_run=True)
-    assert not (tmp_path / "out").exists()
-    assert {s: c["records"] for s, c in card["splits"].items()} == {"train": 30, "val": 30, "test": 30}
-    real = convert(tiny_source.source(90, splits=True), tmp_path / "out")
-    assert card["report"]["bytes"] == pytest.approx(sum(f["bytes"] for f in real["files"]), rel=0.02)
-    assert card["path"] == real["path"] and card["report"]["free_bytes"] > 0
-
-
-def test_limit_takes_the_first(tmp_path):
-    card = convert(tiny_source.source(90), tmp_path, limit=12)
-    ids = {r["record_id"] for split in card["splits"] for r in stored(Path(card["path"]), split)}
-    assert ids == {f"r{i:04d}" for i in range(12)}
-
-
-def test_pseudonyms_hide_ids_everywhere_and_keep_patients_together(tmp_path):
-    key, other = tmp_path / "key", tmp_path / "other"
-    key.write_text("a secret of sixteen letters\n")
-    other.write_text("another secret of sixteen")
-    change = {4: {"refuse": "not-good"}, 7: {"seed": 16, "samples": 1000}}
-    source = tiny_source.source(30, change=change)
-    card = convert(source, tmp_path / "out", pseudonymise=key)
-    path = Path(card["path"])
-    rows = [r for split in card["splits"] for r in stored(path, split)]
-    everything = b"".join(contents(path).values())
-    for i in range(30):
-        assert f"r{i:04d}".encode() not in everything
-    patients = {}
-    for row in rows:
-        patients.setdefault(row["patient_id"], []).append(row["record_id"])
-    assert sorted(map(len, patients.values())) == [2, 2, *[3] * 8]
-    assert all(len(r["record_id"]) == 32 for r in rows)
-    assert {line["reason"] for line in quarantine(path)} == {"not-good", "duplicate-of"}
-    assert convert(source, tmp_path / "out", pseudonymise=key)["report"]["shards_written"] == 0
-    for wrong in (None, other):
-        with pytest.raises(UsageError, match="--pseudonymise"):
-            convert(source, tmp_path / "out", pseudonymise=wrong)
-    (tmp_path / "short").write_text("short")
-    for bad in ("short", "none"):
-        with pytest.raises(UsageError, match="--pseudonymise"):
-            convert(source, tmp_path / "else", pseudonymise=tmp_path / bad)
-
-
-def test_eight_leads_where_the_other_four_follow(tmp_path):
-    source = tiny_source.source(20, change={6: {"einthoven": False}})
-    card = convert(source, tmp_path / "8", leads="8")
-    rows = [r for split in card["splits"] for r in stored(Path(card["path"]), split)]
-    assert {r["signal"].shape for r in rows} == {(1000, 8)} and len(card["leads"]) == 8
-    (line,) = quarantine(Path(card["path"]))
-    assert (line["id"], line["reason"]) == ("r0006", "leads-inconsistent") and "--leads 12" in line["detail"]
-    assert convert(source, tmp_path / "12", leads="12")["counts"]["written"] == 20
-
-
-def test_shards_by_number(tmp_path):
-    card = convert(tiny_source.source(60, splits=True), tmp_path, shards=16)
-    assert {split: found["shards"] for split, found in card["splits"].items()} == {
-        "train": 16,
-        "val": 8,
-        "test": 8,
-    }
-    assert [f["number"] for f in card["files"] if f["split"] == "train"] == list(range(16))
-
-
-def test_other_code_does_not_mix_its_shards_in(tmp_path, monkeypatch):
-    source = tiny_source.source(20)
-    path = Path(convert(source, tmp_path)["path"])
-    monkeypatch.setattr(convert_module, "code_versions", lambda: {"ecg-jax": "9.9.9"})
-    assert convert(source, tmp_path)["report"]["shards_written"] == 0  # complete: nothing to mix
-    (path / "card.json").unlink()
-    with pytest.raises(UsageError, match=r"code: ecg-jax .* then, ecg-jax 9\.9\.9 now"):
-        convert(source, tmp_path)

@@ -1,7 +1,10 @@
+import pickle
+import tracemalloc
+
 import numpy as np
 import pytest
 
-from ecg_jax.datasets.source import Item
+from ecg_jax.datasets.source import Item, pack
 from ecg_jax.errors import DataError, UsageError
 from ecg_jax.shards import grouping
 
@@ -48,7 +51,7 @@ def test_shard_count(records, count):
 
 
 def test_a_plan_holds_every_item_once_and_whole_patients():
-    plans = grouping.plan("x", items(3000), "12", 16)
+    plans = grouping.plan(grouping.survey("x", items(3000)), "12", 16)
     assert sorted(i.record_id for p in plans for i in p.items) == sorted(i.record_id for i in items(3000))
     place = {}
     for p in plans:
@@ -62,22 +65,77 @@ def test_a_plan_holds_every_item_once_and_whole_patients():
 
 def test_official_splits_win_and_pull_their_patient_along():
     mixed = [Item("a", "p", None, None), Item("b", "p", "test", None), Item("c", "q", "val", None)]
-    found = {i.record_id: p.split for p in grouping.plan("x", mixed, "12", None) for i in p.items}
+    found = {i.record_id: p.split for p in grouping.plan(grouping.survey("x", mixed), "12", None) for i in p.items}
     assert found == {"a": "test", "b": "test", "c": "val"}
 
 
 def test_a_patient_in_two_splits_is_named():
     bad = [Item("a", "patient 7", "train", None), Item("b", "patient 7", "test", None)]
     with pytest.raises(DataError, match=r"patient 7 is in two splits: record a in train, record b in test"):
-        grouping.plan("x", bad, "12", None)
+        grouping.plan(grouping.survey("x", bad), "12", None)
     with pytest.raises(DataError, match="'dev' is none of"):
-        grouping.plan("x", [Item("a", "p", "dev", None)], "12", None)
+        grouping.plan(grouping.survey("x", [Item("a", "p", "dev", None)]), "12", None)
+
+
+def test_a_patient_with_and_without_official_split_among_many():
+    # Every third recording states a split; those of the same patient that state none must follow it.
+    many = [
+        Item(f"r{i}", f"p{i // 5}", ("val" if i // 5 % 2 else "test") if i % 3 == 0 else None, None) for i in range(900)
+    ]
+    for p in grouping.plan(grouping.survey("x", many), "12", None):
+        for item in p.items:
+            assert p.split == ("val" if int(item.group[1:]) % 2 else "test")
+
+
+def made_up(count):
+    # As a data set makes them: a path, labels, a group that repeats.
+    labels = np.zeros(26, np.int8)
+    for i in range(count):
+        where = {"path": f"files/p{i % 100}/{i}", "labels": {"a": labels}, "age": 61.5}
+        yield Item(f"id{i}", f"patient{i // 3}", None, where)
+
+
+def test_a_plan_sends_each_worker_its_own_items():
+    count = 30_000
+    plans = grouping.plan(grouping.survey("x", pack(made_up(count))), "12", None)
+    assert sum(len(p.items) for p in plans) == count
+    one = max(plans, key=lambda p: len(p.items))
+    sent = pickle.dumps(one)
+    assert len(sent) / len(one.items) < 250  # what goes to a worker is that shard's alone
+    back = pickle.loads(sent)
+    assert [i.record_id for i in back.items] == [i.record_id for i in one.items]
+
+
+def test_two_million_items_are_planned_in_little_memory():
+    count = 40_000
+    made = pack(made_up(count))
+    tracemalloc.start()
+    try:
+        plans = grouping.plan(grouping.survey("x", made), "12", None)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(len(p.items) for p in plans) == count
+    assert peak / count < 100 and held / count < 60  # bytes
+
+
+def test_a_repeated_id_is_found_wherever_it_stands():
+    again = [*items(5000), Item("r17", "somebody else", None, None)]
+    with pytest.raises(DataError, match="x: record id 'r17' is listed twice"):
+        grouping.survey("x", again)
+
+
+def test_hashes_of_ids_that_collide_are_told_apart(monkeypatch):
+    monkeypatch.setattr(grouping, "hash64", lambda salt, dataset, name: 7)
+    assert len(grouping.survey("x", items(4)).items) == 4
+    with pytest.raises(DataError, match="listed twice"):
+        grouping.survey("x", [*items(2), *items(2)][::-1])
 
 
 @pytest.mark.parametrize("shards", [0, 4, 12, -8])
 def test_shards_must_fill_the_lanes(shards):
     with pytest.raises(UsageError, match="multiple of 8"):
-        grouping.plan("x", items(10), "12", shards)
+        grouping.plan(grouping.survey("x", items(10)), "12", shards)
 
 
 def test_names_follow_tfds():

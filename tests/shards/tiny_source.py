@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ecg_jax.datasets.source import Item, Source
+from ecg_jax.datasets.source import Item, Source, pack
+from ecg_jax.records.leads import LEADS
 from ecg_jax.records.record import Record, Refused
 
 TASKS = {"main": ("a", "b", "c"), "other": ("x", "y")}
@@ -24,6 +25,12 @@ def read(items: Sequence[Item]) -> Iterator[Record | Refused]:
         if where.get("einthoven", True):
             one, two = signal[:, 0], signal[:, 1]
             signal[:, 2:6] = np.stack([two - one, -(one + two) / 2, one - two / 2, two - one / 2], 1)
+        for start, stop in where.get("break", ()):
+            signal[start:stop, 2] += rng.normal(0, 0.3, stop - start)
+        for start, stop in where.get("lost", ()):
+            signal[start:stop] = np.nan
+        absent = tuple(where.get("absent", ()))
+        signal[:, [LEADS.index(lead) for lead in absent]] = np.nan
         other = np.random.default_rng(where["number"])
         labels = {task: other.integers(-1, 2, len(names)).astype(np.int8) for task, names in where["tasks"].items()}
         meta = {"bayes": {task: other.uniform(0.05, 0.95, len(n)) for task, n in where["tasks"].items()}}
@@ -40,6 +47,7 @@ def read(items: Sequence[Item]) -> Iterator[Record | Refused]:
             source=hashlib.sha256(item.record_id.encode()).digest(),
             split=item.split,
             unit=where["unit"],
+            missing=absent,
             meta=meta if where["bayes"] else {},
         )
 
@@ -55,10 +63,15 @@ def source(
     repeats: int = 3,
     change: dict[int, dict] | None = None,
     seed: int = 0,
+    skipped: dict[str, int] | None = None,
+    about: dict | None = None,
     **options,
 ) -> Source:
-    """`n` recordings of about n / `repeats` patients; `change[i]` overrides fields of record i (or its group,
-    split)."""
+    """`n` recordings of about n / `repeats` patients.
+
+    `change[i]` overrides fields of record i, or its group or split: refuse, gain, samples, absent (leads that it does
+    not have), lost and break ([(start, stop), ...] of samples without values, or with a wrong lead III), ...
+    """
     items = []
     for i in range(n):
         over = dict((change or {}).get(i, {}))
@@ -73,7 +86,7 @@ def source(
             "bayes": bayes,
         }
         items.append(Item(over.pop("id", f"r{i:04d}"), group, split, where | options | over))
-    return Source(name, "1.2.3", unit, tasks, tuple(items), read, {"licence": "none"})
+    return Source(name, "1.2.3", unit, tasks, pack(items), read, {"licence": "none"} | (about or {}), skipped or {})
 
 
 def standard() -> Source:
