@@ -1,4 +1,4 @@
-"""Encoders of one signal record: ResNet1d and Transformer, their size ladders, inputs and analytic FLOPs.
+"""Encoders of one signal record: ResNet1d, Transformer, and the published ResNets of the CODE group (`legacy`).
 
 Every encoder has one call: `module.apply(variables, x [B, T, 12], valid [B, 2]) -> (frames [B, S, D], weight
 [B, S])`; `layers.pool` makes one vector of the frames. A table of parameters (`parameters`) is the one source
@@ -6,43 +6,37 @@ of names, shapes and starting values. Heads belong to objectives.
 """
 
 import functools
+import importlib
 import math
+from types import ModuleType
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ecg_jax.models.ladder import Config, ResNet1dConfig
+from ecg_jax.models.ladder import Config
 from ecg_jax.models.layers import Parameter, unit_normal
+
+ENCODERS = {"resnet1d": "ResNet1d", "transformer": "Transformer", "legacy": "Legacy"}  # module -> class
 
 
 def build(config: Config, dtype: jnp.dtype = jnp.float32) -> nn.Module:
     """The Linen module of a configuration, computing in `dtype` (parameters, statistics and output are float32)."""
-    if isinstance(config, ResNet1dConfig):
-        from ecg_jax.models.resnet1d import ResNet1d
+    return getattr(_module(config), ENCODERS[config.family])(config, dtype)
 
-        return ResNet1d(config, dtype)
-    from ecg_jax.models.transformer import Transformer
 
-    return Transformer(config, dtype)
+def _module(config: Config) -> ModuleType:
+    return importlib.import_module(f"ecg_jax.models.{config.family}")
 
 
 def parameters(config: Config) -> dict[str, Parameter]:
     """Every parameter of an encoder: name -> shape and starting value."""
-    if isinstance(config, ResNet1dConfig):
-        from ecg_jax.models import resnet1d as family
-    else:
-        from ecg_jax.models import transformer as family
-    return family.parameters(config)
+    return _module(config).parameters(config)
 
 
 def statistics(config: Config) -> dict[str, Parameter]:
     """Running statistics that an encoder keeps beside its parameters (BatchNorm); usually none."""
-    if isinstance(config, ResNet1dConfig):
-        from ecg_jax.models import resnet1d
-
-        return resnet1d.statistics(config)
-    return {}
+    return _module(config).statistics(config) if config.family != "transformer" else {}
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -17,11 +17,13 @@ import safetensors.numpy
 
 from ecg_jax import files
 from ecg_jax.errors import DataError
-from ecg_jax.models import ladder
+from ecg_jax.models import ladder, legacy
 
 ARRAYS, ABOUT = "encoder.safetensors", "encoder.json"
 FORMAT = 1
-FAMILIES = {config.family: config for config in (ladder.ResNet1dConfig, ladder.TransformerConfig)}
+FAMILIES = {
+    config.family: config for config in (ladder.ResNet1dConfig, ladder.TransformerConfig, legacy.LegacyConfig)
+}
 
 
 def save_encoder(run_dir: Path, arch: ladder.Config, params: Any, info: dict[str, Any]) -> None:
