@@ -192,7 +192,9 @@ def _run_convert(args: argparse.Namespace) -> int:
 def _inspect(commands) -> None:
     example = "inspect data/ptbxl --plot ecg.png"
     parser = _add(commands, "inspect", "show a data folder's card, and one ECG on ECG paper", example, _run_inspect)
-    parser.add_argument("path", type=Path, metavar="PATH", help="a converted data folder, or a WFDB record (.hea)")
+    parser.add_argument(
+        "path", type=Path, metavar="PATH", help="a converted data folder, or one raw record (.hea .xml .dcm)"
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw one 12-lead ECG, 25 mm/s and 10 mm/mV")
     parser.add_argument("--audit", type=Path, metavar="PNG", help="draw the audit: amplitudes, quality, prevalences")
     parser.add_argument("--record", metavar="ID", help="which record (default: the first of the test split)")
@@ -202,7 +204,7 @@ def _inspect(commands) -> None:
 def _run_inspect(args: argparse.Namespace) -> int:
     from ecg_jax import inspection
 
-    if args.path.suffix == ".hea":
+    if args.path.suffix.lower() in inspection.RAW:
         if args.audit:
             raise UsageError("--audit PNG: one recording has no audit; give a converted data folder")
         record = inspection.raw_record(args.path)

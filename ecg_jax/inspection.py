@@ -3,6 +3,7 @@
 Reads only; the card is the one that `convert` wrote, nothing is computed again.
 """
 
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from ecg_jax.ecg_paper import Tracing
 from ecg_jax.errors import DataError
 
+RAW = {".hea": ("wfdb", "read_wfdb"), ".xml": ("xml", "read_xml"), ".dcm": ("dicom", "read_dicom")}
 SHOWN_LABELS = 30  # of a task; the commonest
 
 
@@ -21,16 +23,17 @@ def read_card(path: Path) -> dict:
     return {**folder.card, "path": str(folder.path)}
 
 
-def raw_record(header: Path) -> Tracing:
-    """A WFDB record (its `.hea` file) as it lies on disk, in mV."""
-    from ecg_jax.records.readers.wfdb import read_wfdb
+def raw_record(path: Path) -> Tracing:
+    """A recording that says all about itself (`RAW`: WFDB header, XML, DICOM) as it lies on disk, in mV."""
     from ecg_jax.records.record import Refused
 
+    module, function = RAW[path.suffix.lower()]
+    read = getattr(importlib.import_module(f"ecg_jax.records.readers.{module}"), function)
     try:
-        reading = read_wfdb(header.with_suffix(""))
+        reading = read(path.with_suffix("") if module == "wfdb" else path)
     except Refused as error:
-        raise DataError(f"{header}: {error.reason}: {error.detail}") from None
-    return Tracing(reading.signal, reading.rate, "mV", header.stem, "; ".join(reading.comments)[:120])
+        raise DataError(f"{path}: {error.reason}: {error.detail}") from None
+    return Tracing(reading.signal, reading.rate, "mV", path.stem, "; ".join(reading.comments)[:120])
 
 
 def stored_record(path: Path, record_id: str | None = None) -> Tracing:

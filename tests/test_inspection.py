@@ -1,5 +1,7 @@
 """The card in words and the ECG on paper."""
 
+import tarfile
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -61,3 +63,19 @@ def test_padding_is_not_drawn(monkeypatch, tmp_path):
     ecg_paper.draw(ecg_paper.Tracing(np.ones((1000, 12)), 100.0, "mV", "t", valid=(135, 730)), tmp_path / "x.png")
     rhythm = max(figures[0].axes[0].lines, key=lambda line: len(line.get_xdata()))
     assert np.isfinite(rhythm.get_ydata()).sum() == 730
+
+
+@pytest.mark.parametrize("name", ["reencoded/gains.hea", "natural/xml/hl7_aecg.xml", "natural/dicom/waveform_ecg.dcm"])
+def test_a_raw_record_is_drawn_as_it_lies_on_disk(name, shared_data, tmp_path, capsys):
+    if name.endswith("dcm"):
+        pytest.importorskip("pydicom")
+    with tarfile.open(shared_data / "quirks" / f"{name.partition('/')[0]}.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert cli.main(["inspect", str(tmp_path / name), "--plot", str(tmp_path / "ecg.png")]) == 0
+    assert (tmp_path / "ecg.png").read_bytes().startswith(b"\x89PNG") and capsys.readouterr().out.strip()
+
+
+def test_a_broken_raw_record_is_one_line(tmp_path, capsys):
+    (tmp_path / "a.xml").write_text("<nothing/>")
+    assert cli.main(["inspect", str(tmp_path / "a.xml")]) == 3
+    assert "a.xml" in capsys.readouterr().err

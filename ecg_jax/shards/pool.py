@@ -25,8 +25,10 @@ _JOB: Job | None = None  # of a pool process
 def _start(job: Job) -> None:
     global _JOB
     _JOB = job
-    # Ctrl-C reaches every process of the terminal; Python's own answer to it is a traceback from each.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Ctrl-C reaches every process of the terminal; Python's own answer to it is a traceback from each. A command in the
+    # background of a script does not hear it at all, and its workers must not either.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     threading.Thread(target=_die_with_parent, daemon=True).start()
 

@@ -34,7 +34,9 @@ def words(out: Path, *more: str, workers: int = 1) -> list[str]:
 
 def start(out: Path, *more: str) -> subprocess.Popen:
     """The command with two workers, in a process group of its own."""
-    command = [sys.executable, "-c", "import sys; from ecg_jax.cli import main; sys.exit(main())"]
+    # Where the tests themselves run in the background of a script, Ctrl-C is ignored, and would be inherited so.
+    heard = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{heard}; from ecg_jax.cli import main; sys.exit(main())"]
     command += words(out, *more, workers=2)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
