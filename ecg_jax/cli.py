@@ -140,9 +140,6 @@ def _run_convert(args: argparse.Namespace) -> int:
     import importlib
     import inspect
 
-    # Before NumPy is loaded, here and in the processes to come: the matrices of the filters are small, and threads that
-    # share one cost more than they save. The bytes are the same.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ecg_jax.datasets import DATASETS, open_source
 
     if args.dataset == "list":

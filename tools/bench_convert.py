@@ -16,12 +16,14 @@ memory flat in N and below 2 GB; HDF5 at least 1,500 records per core-second.
 PREDICTION, CHANGE, RESULT
     Prediction: reading by the wfdb package, 3 to 6 ms a record, bounds the conversion; a direct reader of the common
     formats brings it to about 0.4 ms, a third of it sha256, and preparation (resampling, filter, R peaks) is left.
-    Change: `records/readers/wfdb_direct.py`.
-    Result: 0.38 ms to read one of PTB-XL's 500 Hz records, 5.3 ms by wfdb.rdrecord, of which sha256 takes 0.1. Whole
-    conversion 592 further records per core-second, 4.0 times the plain loop (3.3 to 4.2), on two cores that others kept
-    busy, BLAS held to one thread: read 0.52 | prepare 0.83 | encode and checksum 0.02 | write 0.03 | the rest 0.36 ms.
-    HDF5 799: read 0.23 | prepare 0.89 | 0.03 | 0.03 | the rest 0.17. Memory 290 MB with one worker and 610 with two,
-    the same at N and 4 N. With BLAS left to take all cores prepare took 4 to 17 ms: its threads wait by spinning.
+    Change: `records/readers/wfdb_direct.py`; `records/resample.py` and `chain.py` (matrix products whose sums are
+    exact); one BLAS thread in `prepare_many`, since threads that share small matrices wait by spinning: with all cores
+    given to BLAS the same conversion took 2.5 ms of CPU a record instead of 1.3.
+    Result, two quiet cores of an Intel Xeon with AVX-512, medians of 7, further records per core-second:
+    WFDB 774, 4.2 times the plain loop (4.2 to 4.8); read 0.50 | prepare 0.72 | encode and checksum 0.02 | write 0.02 |
+    the rest 0.06 ms. HDF5 1,163, short of the 1,500 asked: read 0.20, half of it the sha256 of the row | prepare 0.64 |
+    0.02 | 0.03 | 0.04. Two workers 2.1 (HDF5 2.0) times as fast as one per further record; each costs 2 s of CPU to
+    start, nearly all of it the import of scipy.signal. Memory 290 MB with one worker and 621 with two, at N and at 4 N.
 """
 
 import argparse

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from ecg_jax.records import audit, beats
 from ecg_jax.records import chain as filters
@@ -58,6 +59,8 @@ class _Window:
     repaired: list[tuple[int, int]]
 
 
+# The matrices of the filters are small: threads that share one spend more in waiting than they save.
+@ThreadpoolController().wrap(limits=1, user_api="blas")
 def prepare_many(
     records: Sequence[Record],
     chain: Chain = CHAINS["default"],
