@@ -59,7 +59,11 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW. Decay acts on arrays of two and more dimensions; `clip` is the largest global norm (0: off)."""
+    """AdamW. Decay acts on arrays of two and more dimensions; `clip` is the largest global norm (0: off).
+
+    With `base_width`, matrices whose fan-in grows with the width of the network learn at `lr` times fan-in at that
+    width / fan-in, so that one rate serves all widths (0: off; see `training/optim.width_factors`).
+    """
 
     lr: float = 1e-3
     weight_decay: float = 0.05
@@ -68,6 +72,7 @@ class OptimConfig:
     eps: float = 1e-8
     clip: float = 1.0
     warmup_steps: int = 50
+    base_width: int = 0  # the `width` of a rung, channels of its stem or of a token
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class RecipeConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     batch: int = 64
+    accumulate: int = 1  # micro-batches per update: the same update (but for BatchNorm), in less memory on GPU and TPU
     lanes: int = 8
     steps_per_dispatch: int = 1
     loader: Literal["auto", "resident", "stream"] = "auto"
@@ -120,7 +126,7 @@ class Config:
 
 
 # Of [train] only these decide a result; the number of devices and where programs are cached do not.
-IDENTITY_TRAIN = ("batch", "lanes", "steps_per_dispatch", "loader", "seed", "precision")
+IDENTITY_TRAIN = ("batch", "accumulate", "lanes", "steps_per_dispatch", "loader", "seed", "precision")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -292,6 +298,7 @@ def _check_ranges(config: Config, where: str) -> None:
         ("optim.eps", o.eps, o.eps > 0, "above 0"),
         ("optim.clip", o.clip, o.clip >= 0, "0 (off) or more"),
         ("optim.warmup_steps", o.warmup_steps, o.warmup_steps >= 0, "0 or more"),
+        ("optim.base_width", o.base_width, o.base_width >= 0, "0 (off) or more"),
         ("recipe.steps", r.steps, r.steps > 0 or (r.kind == "plateau" and r.steps == 0), "above 0"),
         ("recipe.min_epochs", r.min_epochs, r.min_epochs >= 0, "0 or more"),
         ("recipe.max_epochs", r.max_epochs, r.max_epochs >= max(r.min_epochs, 1e-9), "at least min_epochs"),
@@ -301,6 +308,7 @@ def _check_ranges(config: Config, where: str) -> None:
         ("recipe.decay_fraction", r.decay_fraction, 0 <= r.decay_fraction <= 1, "in [0, 1]"),
         ("train.lanes", t.lanes, t.lanes == 8, "8 (the lanes of the design)"),
         ("train.batch", t.batch, t.batch > 0 and t.batch % 8 == 0, "a multiple of the 8 lanes"),
+        ("train.accumulate", t.accumulate, t.accumulate >= 1, "1 or more"),
         ("train.steps_per_dispatch", t.steps_per_dispatch, t.steps_per_dispatch >= 1, "1 or more"),
         ("train.seed", t.seed, 0 <= t.seed < 2**31, "in [0, 2^31)"),
         ("train.log_every", t.log_every, t.log_every >= 1, "1 or more"),
@@ -313,6 +321,11 @@ def _check_ranges(config: Config, where: str) -> None:
     for name, value, good, want in rules:
         if not good:
             raise UsageError(f"{where}: {name} = {value!r} must be {want}")
+    if t.batch % (t.lanes * t.accumulate):
+        raise UsageError(
+            f"{where}: train.batch = {t.batch} cannot be split into train.accumulate = {t.accumulate} micro-batches "
+            f"of whole lanes; make it a multiple of {t.lanes * t.accumulate}"
+        )
     if r.kind == "steps" and r.steps % t.steps_per_dispatch:
         raise UsageError(
             f"{where}: recipe.steps = {r.steps} is no multiple of train.steps_per_dispatch, {t.steps_per_dispatch}"

@@ -50,6 +50,9 @@ def test_json_round_trip(toml):
         ("optim.lr=-1", ["optim.lr", "above 0"]),
         ("optim.lr=nan", ["optim.lr", "finite"]),
         ("train.batch=12", ["train.batch", "multiple of the 8 lanes"]),
+        ("train.accumulate=0", ["train.accumulate", "1 or more"]),
+        ("train.accumulate=3", ["train.batch = 64", "train.accumulate = 3", "multiple of 24"]),
+        ("optim.base_width=-1", ["optim.base_width", "0 (off) or more"]),
         ("train.batch=true", ["train.batch", "whole number"]),
         ("train.steps_per_dispatch=3", ["recipe.steps", "multiple"]),
         ("model.norm=bach", ["model.norm", "did you mean 'batch'"]),
@@ -105,6 +108,8 @@ def test_identity_holds_what_decides_the_result(toml):
         "data.subset=0.5",
         "model.rung=R2",
         "train.batch=8",
+        "train.accumulate=2",
+        "optim.base_width=16",
         "recipe.steps=7",
     ):
         assert C.identity(C.override(base, [text]))[1] != digest, text

@@ -4,12 +4,53 @@ Counted are the products of convolutions, matrices and attention, as if every co
 without crediting zeros of padding; norms, activations, softmax, pools and heads are left out (a few percent
 at the small rungs). So the number does not depend on how a layer is computed, and equals a plain formula
 anyone can check.
+
+MFU (model FLOPs utilisation) is `training_flops` x records a second / `peak_flops`: what the definition of the
+network asks for, whatever the program makes of it (recomputation earns nothing, a formulation with fewer
+multiplications may pass 1), over the dense peak of the device at that precision.
 """
 
 from ecg_jax.models.ladder import Config, ResNet1dConfig, TransformerConfig
-from ecg_jax.models.layers import same_padding
 
 TRAINING = 3  # forward, gradient of the input, gradient of the weights
+
+# Dense peaks in TFLOP/s at 2 per multiply-add, without sparsity, by the start of JAX's `device_kind`; the longest
+# start that fits counts. "float32" is what float32 products run at by default: TF32 on these GPUs (their plain
+# float32 units reach 19.5 on A100, 51 to 67 on Hopper); no figure is published for TPUs.
+# Sources: NVIDIA data sheets "A100 Tensor Core GPU" (2021), "H100 Tensor Core GPU" (2023), "H200 Tensor Core GPU"
+# (2024), whose Hopper figures are with sparsity and so halved here; cloud.google.com/tpu/docs/v4, /v5e, /v5p.
+PEAKS_TFLOPS: dict[str, dict[str, float]] = {
+    "NVIDIA A100": {"bfloat16": 312.0, "float32": 156.0},
+    "NVIDIA H100 80GB HBM3": {"bfloat16": 989.4, "float32": 494.7},
+    "NVIDIA H100 NVL": {"bfloat16": 835.5, "float32": 417.5},
+    "NVIDIA H100 PCIe": {"bfloat16": 756.0, "float32": 378.0},
+    "NVIDIA H200": {"bfloat16": 989.4, "float32": 494.7},
+    "NVIDIA H200 NVL": {"bfloat16": 835.5, "float32": 417.5},
+    "TPU v4": {"bfloat16": 275.0},
+    "TPU v5 lite": {"bfloat16": 197.0},  # v5e
+    "TPU v5e": {"bfloat16": 197.0},
+    "TPU v5": {"bfloat16": 459.0},  # what JAX calls v5p
+    "TPU v5p": {"bfloat16": 459.0},
+}
+NO_PEAK = ("TPU v4 lite",)  # begins like a known one and is another
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Dense peak of a device in FLOP/s at "bfloat16" or "float32"; None for a device or precision not in the table.
+
+    `device_kind` as `jax.devices()[0].device_kind` gives it. A part of a GPU (MIG) has no peak of its own here.
+    """
+    starts = [known for known in PEAKS_TFLOPS if device_kind.startswith(known)]
+    if not starts or device_kind.startswith(NO_PEAK) or "MIG" in device_kind:
+        return None
+    tflops = PEAKS_TFLOPS[max(starts, key=len)].get(dtype)
+    return None if tflops is None else tflops * 1e12
+
+
+def mfu(config: Config, length: int, records_per_second: float, device_kind: str, dtype: str) -> float | None:
+    """Model FLOPs utilisation of training on one device, see above; None where its peak is not known."""
+    peak = peak_flops(device_kind, dtype)
+    return None if peak is None else training_flops(config, length) * records_per_second / peak
 
 
 def forward_flops(config: Config, length: int = 1000) -> int:
@@ -35,7 +76,7 @@ def _resnet(config: ResNet1dConfig, length: int) -> int:
     for width, stage_stride in zip(config.widths, config.strides, strict=True):
         for unit in range(config.units):
             total += length * config.kernel * before * width
-            length = same_padding(length, config.kernel, stage_stride if unit == 0 else 1)[0]
+            length = -(-length // stage_stride) if unit == 0 else length
             total += length * config.kernel * width * width
             total += length * before * width if before != width else 0
             before = width

@@ -8,8 +8,10 @@ network.
 import dataclasses
 
 from ecg_jax.errors import UsageError, did_you_mean
+from ecg_jax.models.attention import IMPLS as ATTENTIONS
 
 NORMS = ("group", "batch")
+REMATS = ("none", "dots", "block")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +68,16 @@ class TransformerConfig:
     leads: int = 12
     times: int = 15  # time indices 1..times; a record holds at most this many patches per lead
     dropout: float = 0.0
-    scan: bool | None = None  # layers in lax.scan; None: on, except for at most 4 layers on CPU
+    scan: bool | None = None  # layers in lax.scan; None: on, except for at most 8 layers on CPU
+    attention: str = "auto"  # formulation, see attention.attention
+    remat: str = "none"  # kept for the gradient: all ("none"), weight products ("dots"), a layer's input ("block")
     family = "transformer"
+
+    def __post_init__(self):
+        for name, known in (("attention", ATTENTIONS), ("remat", REMATS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise UsageError(f"unknown {name} {value!r}{did_you_mean(value, known)}; known: {', '.join(known)}")
 
     @property
     def lead_groups(self) -> int:

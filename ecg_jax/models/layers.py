@@ -15,13 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-CONV_IMPLS = ("auto", "direct", "polyphase", "blocked")
+from ecg_jax.models.conv import conv1d  # noqa: F401  (one of the layers)
+
 NORM_EPS = 1e-5
-HIDDEN = -1e30  # logit of a token that may not be attended to
 BATCH_NORM_MOMENTUM = 0.9
 TRUNCATED_STD = 0.87962566  # standard deviation of a unit normal cut at +-2
-# Output channels after folding at which XLA's CPU convolution runs best (measured, AVX-512).
-FOLDED_WIDTH = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,80 +51,6 @@ def unit_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.truncated_normal(key, -2.0, 2.0, shape) / TRUNCATED_STD
 
 
-def same_padding(length: int, kernel: int, stride: int) -> tuple[int, int, int]:
-    """(positions out = ceil(length / stride), zeros before, zeros after), as TensorFlow's and XLA's SAME."""
-    out = -(-length // stride)
-    total = max((out - 1) * stride + kernel - length, 0)
-    return out, total // 2, total - total // 2
-
-
-def conv1d(
-    x_BxTxC: jax.Array, w_KxCxD: jax.Array, stride: int = 1, impl: str = "auto", block: int | None = None
-) -> jax.Array:
-    """SAME-padded 1-D convolution without bias -> [B, ceil(T / stride), D]; odd K only.
-
-    All formulations mean the same and agree to float rounding, gradients included:
-      direct     XLA's convolution.
-      polyphase  `stride` neighbouring samples folded into channels, then a stride-1 convolution of
-                 ceil(K / stride) taps: XLA-CPU's strided gradients are slow, its unstrided ones are not.
-      blocked    polyphase with `block` outputs made at once, so that narrow layers get channels enough to
-                 fill vector units; `block * stride` samples and `block` outputs are folded into channels and
-                 the kernel becomes a banded matrix, at the price of multiplying with the zeros beside it.
-      auto       by backend and shape: see `choose`.
-    """
-    taps = w_KxCxD.shape[0]
-    if taps % 2 == 0:
-        raise ValueError(f"conv1d needs an odd kernel, got {taps} taps")
-    if taps == stride == 1:
-        return x_BxTxC @ w_KxCxD[0]
-    if impl == "auto":
-        impl, block = choose(x_BxTxC.shape[1], *w_KxCxD.shape, stride, jax.default_backend())
-    if impl == "direct":
-        return lax.conv_general_dilated(x_BxTxC, w_KxCxD, (stride,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
-    if impl == "polyphase":
-        return _folded(x_BxTxC, w_KxCxD, stride, 1)
-    if impl == "blocked":
-        return _folded(x_BxTxC, w_KxCxD, stride, block or default_block(w_KxCxD.shape[2]))
-    raise ValueError(f"unknown conv1d formulation {impl!r}; known: {', '.join(CONV_IMPLS)}")
-
-
-def choose(length: int, taps: int, channels: int, out: int, stride: int, backend: str) -> tuple[str, int]:
-    """(formulation, block) for a convolution of `taps` x `channels` -> `out` over `length` positions.
-
-    CPU, measured at kernels 9 and 17: narrow outputs fold (1.3-4 times faster than direct), strided ones go
-    polyphase, wide unstrided ones stay direct. Other backends: direct, until somebody has measured there.
-    """
-    if backend != "cpu" or taps == 1:
-        return "direct", 1
-    block = min(default_block(out), 1 << max(-(-length // stride) - 1, 0).bit_length())
-    if block > 1:
-        return "blocked", block
-    return ("polyphase", 1) if stride > 1 else ("direct", 1)
-
-
-def default_block(out: int) -> int:
-    """Power of two that brings `out` channels nearest to FOLDED_WIDTH when multiplied."""
-    return 2 ** max(round(math.log2(FOLDED_WIDTH / out)), 0)
-
-
-def _folded(x_BxTxC: jax.Array, w_KxCxD: jax.Array, stride: int, block: int) -> jax.Array:
-    """The polyphase and blocked formulations: reshape time into channels, convolve with a banded kernel."""
-    batch, length, channels = x_BxTxC.shape
-    taps, _, out_channels = w_KxCxD.shape
-    out, before, _ = same_padding(length, taps, stride)
-    n = block * stride  # input samples folded together
-    blocks = -(-out // block)
-    q = -(-((block - 1) * stride + taps) // n)  # folded taps
-    total = (blocks + q - 1) * n
-    x = jnp.pad(x_BxTxC, ((0, 0), (before, max(total - before - length, 0)), (0, 0)))[:, :total]
-    x = x.reshape(batch, blocks + q - 1, n * channels)
-    # Output i of a block reads samples i * stride + tap of its window: one shifted copy of the kernel each.
-    shifted = [jnp.pad(w_KxCxD, ((i * stride, q * n - taps - i * stride), (0, 0), (0, 0))) for i in range(block)]
-    w = jnp.stack(shifted, axis=2).reshape(q, n * channels, block * out_channels)
-    y = lax.conv_general_dilated(x, w, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
-    return y.reshape(batch, blocks * block, out_channels)[:, :out]
-
-
 def group_count(width: int, most: int = 8) -> int:
     """Groups of a GroupNorm: the largest divisor of the width up to `most`."""
     return max(g for g in range(1, most + 1) if width % g == 0)
@@ -151,10 +75,11 @@ def group_norm(
 
 def _moments(x_BxTxC: jax.Array, weight_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weighted means over time of x and of its square, [B, C] each, float32."""
-    share_BxTx1 = (weight_BxT / jnp.maximum(weight_BxT.sum(1, keepdims=True), 1e-6))[:, :, None]
+    share_BxT = weight_BxT / jnp.maximum(weight_BxT.sum(1, keepdims=True), 1e-6)
     x = x_BxTxC.astype(jnp.float32)
-    weighted = x * share_BxTx1
-    return weighted.sum(1), (weighted * x).sum(1)
+    # Products with the weights: as sums of weighted copies, XLA-CPU takes half as long again.
+    mean = functools.partial(jnp.einsum, "btc,bt->bc", precision=lax.Precision.HIGHEST)
+    return mean(x, share_BxT), mean(x * x, share_BxT)
 
 
 def _over_groups(x_BxC: jax.Array, groups: int) -> jax.Array:
@@ -182,29 +107,6 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     mean = y.mean(-1, keepdims=True)
     variance = jnp.maximum((y * y).mean(-1, keepdims=True) - mean**2, 0.0)
     return ((y - mean) * lax.rsqrt(variance + NORM_EPS) * scale + bias).astype(x.dtype)
-
-
-def attention(
-    q_BxSxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, seen_BxS: jax.Array, impl: str = "auto"
-) -> jax.Array:
-    """Softmax attention to the tokens that are `seen` (at least one per record) -> [B, S, H, K]; softmax in float32.
-
-    "xla" is `jax.nn.dot_product_attention`; "matmul" says the same in products laid out for XLA-CPU, where it
-    takes two thirds of the time of gradients; "auto" is the latter on CPU.
-    """
-    if impl == "auto":
-        impl = "matmul" if jax.default_backend() == "cpu" else "xla"
-    if impl == "xla":
-        return jax.nn.dot_product_attention(q_BxSxHxK, k_BxSxHxK, v_BxSxHxK, mask=seen_BxS[:, None, None, :])
-    if impl != "matmul":
-        raise ValueError(f"unknown attention formulation {impl!r}; known: auto, xla, matmul")
-    q_BxHxSxK = (q_BxSxHxK * q_BxSxHxK.shape[3] ** -0.5).transpose(0, 2, 1, 3)
-    logits = (q_BxHxSxK @ k_BxSxHxK.transpose(0, 2, 3, 1)).astype(jnp.float32)
-    logits = logits + jnp.where(seen_BxS, 0.0, HIDDEN)[:, None, None, :]
-    share = jnp.exp(logits - lax.stop_gradient(logits.max(-1, keepdims=True)))
-    total_BxHxSx1 = share.sum(-1, keepdims=True)
-    out = (share.astype(v_BxSxHxK.dtype) @ v_BxSxHxK.transpose(0, 2, 1, 3)) / total_BxHxSx1
-    return out.astype(v_BxSxHxK.dtype).transpose(0, 2, 1, 3)
 
 
 def max_pool(x_BxTxC: jax.Array, occupied_BxT: jax.Array, stride: int) -> jax.Array:

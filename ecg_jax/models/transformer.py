@@ -9,16 +9,21 @@ that have such, and the mask vector for masked-prediction objectives. No head.
 Shapes: B records, T samples, P patches per lead, N = lead groups * P tokens, S = N + 1 with cls, D width, H heads.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ecg_jax.errors import UsageError
-from ecg_jax.models import layers
+from ecg_jax.models import gradients, layers
+from ecg_jax.models.attention import attention
 from ecg_jax.models.ladder import TransformerConfig
 from ecg_jax.models.layers import Parameter
 
-UNROLLED_LAYERS = 4  # up to here unrolled layers train faster on CPU than a scan (T4: by a quarter)
+# Up to here layers run unrolled on CPU: a training step of T4 and T8 takes 7 % less time than in a scan, whose loop has
+# to stack and unstack what the gradient needs. Deeper networks gain less (T11: 3 %) and compile longer.
+UNROLLED_LAYERS = 8
 
 TABLE_STD = 0.2  # against content of order one: at the usual 0.02, lead and time are learned late
 
@@ -117,14 +122,12 @@ class Transformer(nn.Module):
 
 
 def use_scan(config: TransformerConfig) -> bool:
-    """Whether the layers run in `lax.scan`: as configured, else by backend and depth.
-
-    XLA-CPU recomputes the residual gradient chain of unrolled layers, at a cost quadratic in depth; a loop
-    bounds it.
-    """
+    """Whether the layers run in `lax.scan`: as configured, else by backend and depth; always to save memory, since
+    XLA-CPU's schedule of unrolled layers was seen to keep what should be recomputed."""
     if config.scan is not None:
         return config.scan
-    return not (jax.default_backend() == "cpu" and config.layers <= UNROLLED_LAYERS)
+    shallow = config.layers <= UNROLLED_LAYERS
+    return config.remat != "none" or jax.default_backend() != "cpu" or not shallow
 
 
 def run_layers(
@@ -134,18 +137,32 @@ def run_layers(
     config: TransformerConfig,
     keys_B: jax.Array | None,
 ) -> jax.Array:
-    """All layers, from stacked parameters; `seen` says which tokens may be attended to."""
-    numbers = jnp.arange(config.layers)
+    """All layers, from stacked parameters; `seen` says which tokens may be attended to.
 
-    def step(h, one):
-        p, number = one
-        return block(h, p, seen_BxS, config, keys_B, number), None
+    What is kept for the gradient follows `config.remat`; values do not depend on it.
+    """
 
-    if use_scan(config):
-        return jax.lax.scan(step, h_BxSxD, (stack, numbers))[0]
+    def one(h, p, number):
+        return block(h, p, seen_BxS, config, keys_B, number)
+
+    scan = use_scan(config)
+    if config.remat != "none":
+        # A loop keeps the recomputation apart from the forward pass by itself.
+        one = jax.checkpoint(one, policy=_POLICIES[config.remat], prevent_cse=not scan)
+    if scan:
+        numbers = jnp.arange(config.layers)
+        return jax.lax.scan(lambda h, x: (one(h, *x), None), h_BxSxD, (stack, numbers))[0]
+    # One split per array: the gradient is then one concatenation, where indexing would add up padded arrays.
+    layer = {name: jax.lax.split(value, [1] * config.layers) for name, value in stack.items()}
     for i in range(config.layers):
-        h_BxSxD, _ = step(h_BxSxD, ({name: value[i] for name, value in stack.items()}, i))
+        h_BxSxD = one(h_BxSxD, {name: parts[i][0] for name, parts in layer.items()}, i)
     return h_BxSxD
+
+
+_POLICIES = {
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 def block(
@@ -159,18 +176,28 @@ def block(
     """One pre-LN layer: h + attention(norm(h)), then h + MLP(norm(h)). Softmax and norm statistics are float32."""
     batch, tokens, d = h_BxSxD.shape
     dtype = h_BxSxD.dtype
+    # Measured on CPU only; elsewhere automatic differentiation stays until somebody has measured there.
+    explicit = jax.default_backend() == "cpu"
+    norm = gradients.layer_norm if explicit else layers.layer_norm
+    gelu = gradients.gelu if explicit else functools.partial(jax.nn.gelu, approximate=True)
 
-    def linear(x, name):
-        return x @ p[f"{name}_kernel"].astype(dtype) + p[f"{name}_bias"].astype(dtype)
+    def linear(x_MxI, name):
+        return x_MxI @ p[f"{name}_kernel"].astype(dtype) + p[f"{name}_bias"].astype(dtype)
 
-    x = layers.layer_norm(h_BxSxD, p["norm1_scale"], p["norm1_bias"])
-    qkv = linear(x, "qkv").reshape(batch, tokens, 3, config.heads, d // config.heads)
-    x = layers.attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], seen_BxS)
-    x = linear(x.reshape(batch, tokens, d), "out")
-    h = h_BxSxD + layers.dropout(x, config.dropout, keys_B, 2 * number)
-    x = layers.layer_norm(h, p["norm2_scale"], p["norm2_bias"])
-    x = linear(jax.nn.gelu(linear(x, "mlp1"), approximate=True), "mlp2")
-    return h + layers.dropout(x, config.dropout, keys_B, 2 * number + 1)
+    def dropped(x_MxD, salt):
+        return layers.dropout(x_MxD.reshape(batch, tokens, d), config.dropout, keys_B, salt).reshape(-1, d)
+
+    # Records and tokens are one axis, M = B * S. Products of matrices then read the cotangent as it lies: with three
+    # axes XLA-CPU turns it for the gradient of every weight, and each turned copy sums up anew what all layers above
+    # gave, at a cost quadratic in depth.
+    h_MxD = h_BxSxD.reshape(-1, d)
+    x = norm(h_MxD, p["norm1_scale"], p["norm1_bias"])
+    qkv_BxSx3xHxK = linear(x, "qkv").reshape(batch, tokens, 3, config.heads, -1)
+    x = linear(attention(qkv_BxSx3xHxK, seen_BxS, config.attention).reshape(-1, d), "out")
+    h_MxD = h_MxD + dropped(x, 2 * number)
+    x = norm(h_MxD, p["norm2_scale"], p["norm2_bias"])
+    x = linear(gelu(linear(x, "mlp1")), "mlp2")
+    return (h_MxD + dropped(x, 2 * number + 1)).reshape(h_BxSxD.shape)
 
 
 def _to_patches(x_BxTxC: jax.Array, patches: int, config: TransformerConfig) -> jax.Array:

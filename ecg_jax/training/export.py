@@ -21,9 +21,7 @@ from ecg_jax.models import ladder, legacy
 
 ARRAYS, ABOUT = "encoder.safetensors", "encoder.json"
 FORMAT = 1
-FAMILIES = {
-    config.family: config for config in (ladder.ResNet1dConfig, ladder.TransformerConfig, legacy.LegacyConfig)
-}
+FAMILIES = {config.family: config for config in (ladder.ResNet1dConfig, ladder.TransformerConfig, legacy.LegacyConfig)}
 
 
 def save_encoder(run_dir: Path, arch: ladder.Config, params: Any, info: dict[str, Any]) -> None:

@@ -91,15 +91,17 @@ def _train(
     # ------------------------------------------------------------------------------------- model and programs
     labels = data.val.label_names
     model, precision = config.model, config.train.precision
-    objective = supervised.make(arch, len(labels), scale=model.scale, crop=model.crop, dtype=precision)
+    inputs = {"scale": model.scale, "crop": model.crop, "random_crop": model.random_crop}
+    objective = supervised.make(arch, len(labels), dtype=precision, **inputs)
     folder.check_data(run_dir, data.facts)
     files.write(run_dir / folder.CONFIG, config_lib.to_json(config))
-    at_once = max(config.train.batch, EVAL_BATCH)
-    programs = step.build(objective, len(labels), mesh, at_once, config.train.lanes, scan)
+    parts = config.train.accumulate
+    at_once = max(config.train.batch // parts, EVAL_BATCH)
+    programs = step.build(objective, len(labels), mesh, at_once, config.train.lanes, scan, parts)
 
     # -------------------------------------------------------------------------------------------------- state
     # Rate, decay, clipping and seed are arguments of the programs: another value is no other compilation.
-    hyper = jax.device_put(optim.hyper(config.optim), everywhere)
+    hyper = jax.device_put(optim.hyper(config.optim, objective), everywhere)
     seed = jax.device_put(np.uint32(config.train.seed), everywhere)
     state = programs.init(seed, jax.device_put(data.prior, everywhere))
     control = recipe.Controller(recipe.plan(config, data.records, len(data.val)))

@@ -1,8 +1,9 @@
 """The compiled programs of a run: init, train step, evaluation, copy.
 
-B examples of a batch, L lanes, k steps of one dispatch, K labels. All of them are built once per (objective,
-mesh, batch) and process, whatever the learning rate, seed, recipe or number of records, which are arguments;
-so runs of one shape share their compilations. No I/O, no host reads, no schedule.
+B examples of a batch, L lanes, M micro-batches of an update, k steps of one dispatch, K labels (or other columns
+of a loss). All of them are built once per (objective, mesh, batch) and process, whatever the learning rate, seed,
+recipe or number of records, which are arguments; so runs of one shape share their compilations. What is learned
+is the objective's affair: see `Objective`. No I/O, no host reads, no schedule.
 
 Invariant: what happens to an example depends on (seed, hash of its record, epoch), never on its place in the
 batch or on the device that holds it.
@@ -10,7 +11,7 @@ batch or on the device that holds it.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,40 @@ from ecg_jax.training import mesh as mesh_lib
 from ecg_jax.training import optim
 
 INIT, EXAMPLE = 0, 1  # named streams of the root key
+
+
+class Objective(Protocol):
+    """What an objective must offer to be trained: supervised labels, masked codes or a codebook alike.
+
+    A frozen, hashable value (programs are shared between equal ones) of pure, traceable functions. `params` is any
+    tree of float arrays. `batch` is a dictionary of arrays [B, ...]: the rows of the placed table, without `hash`
+    in training. An objective says with `arch` (a dataclass with `width`) and `n_labels` how it is laid out; both
+    are needed for `optim.base_width` only.
+    """
+
+    def init(self, key: jax.Array, prior: jax.Array) -> Any:
+        """Starting params. `prior` float32 [K], the prevalence of each label; other objectives leave it alone."""
+
+    def loss(self, params: Any, batch: dict[str, jax.Array], keys: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """(float32 [] to be minimised, aux); all randomness from `keys` [B], typed, one per record and epoch.
+
+        The loss is a mean over the terms that count (known labels, masked beats), and `aux["known"]` says over how
+        many: float32 [], their number or share; micro-batches are weighted by it. The other leaves of aux are means
+        over the records of the batch: scalars for the log, and arrays under names that `absorb` takes out.
+        """
+
+    def absorb(self, params: Any, aux: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """(params, aux) with what is not learned by gradient moved from aux to params: running statistics of a
+        norm, moving averages of a codebook. Their arrays get gradient zero and are not decayed.
+        """
+
+    def sums(self, params: Any, batch: dict[str, jax.Array], weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Evaluation: (sum of the loss, number of terms), float32 [K] each, records weighted by `weight` [B].
+        What is drawn here is drawn from the records' `hash`, so that every evaluation sees the same.
+        """
+
+    def logits(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        """What is kept of each record in evaluation, [B, ...] float32."""
 
 
 class State(NamedTuple):
@@ -46,7 +81,9 @@ class Programs(NamedTuple):
     copy: Callable[[State], State]
     abstract: State  # shapes, types and shardings, for restoring
     eval_batch: int  # records that `take` takes
-    one: Callable[..., Any]  # the single jitted step, for tests and benchmarks
+    n_labels: int  # K
+    one: Callable[..., Any]  # the jitted programs behind `step`, for tests and benchmarks: a single step
+    many: Callable[..., Any]  # and several
 
 
 def example_keys(seed: jax.Array, hash_Bx2: jax.Array, epoch_B: jax.Array) -> jax.Array:
@@ -75,12 +112,55 @@ def gather(mesh: Mesh, rows: Any, index_LxI: jax.Array) -> Any:
     return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)(rows, index_LxI)
 
 
-def update(objective: Any, state: State, batch: dict, keys: jax.Array, lr: jax.Array, hyper: optim.Hyper):
-    """Loss, gradient, clipping, AdamW, and the guard: what is not finite leaves the state as it was.
+def split(mesh: Mesh, tree: Any, lanes: int, parts: int) -> Any:
+    """Arrays [B, ...] in lane order as [M, B/M, ...]: each micro-batch holds as many records of every lane, in lane
+    order, so no device sends a record to another.
+    """
+
+    def leaf(x_B: jax.Array) -> jax.Array:
+        batch, *rest = x_B.shape
+        x = x_B.reshape(lanes, parts, batch // (lanes * parts), *rest).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x.reshape(parts, batch // parts, *rest), mesh_lib.lanes_second(mesh))
+
+    return jax.tree.map(leaf, tree)
+
+
+def gradient(
+    objective: Objective, params: Any, batch: dict, keys: jax.Array, unroll: bool = False
+) -> tuple[jax.Array, dict[str, Any], Any]:
+    """(loss, aux, gradients) of a batch [B, ...] with `keys` [B], or of micro-batches [M, B/M, ...] with keys
+    [M, B/M], one after another.
+
+    Micro-batches give the loss and the gradient of the whole batch up to rounding, since each is weighted by the
+    number of its terms that count, and the randomness belongs to the record. Only BatchNorm differs: its statistics
+    are those of a micro-batch, and the running ones absorb their mean.
+
+    Args:
+        unroll: no loop in the program. For CPU, where convolutions inside a loop are many times slower; it saves no
+            memory there, since XLA keeps the micro-batches' activations side by side.
+    """
+    slope = jax.value_and_grad(objective.loss, has_aux=True)
+    if keys.ndim == 1:
+        (loss, aux), grads = slope(params, batch, keys)
+        return loss, aux, grads
+
+    def add(total: Any, part: tuple[dict, jax.Array]) -> tuple[Any, tuple[jax.Array, dict]]:
+        (loss, aux), grads = slope(params, *part)
+        return jax.tree.map(lambda t, g: t + aux["known"] * g, total, grads), (loss, aux)
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    total, (loss_M, aux_M) = jax.lax.scan(add, zeros, (batch, keys), unroll=unroll)
+    known = jnp.maximum(aux_M["known"].sum(), jnp.finfo(jnp.float32).tiny)
+    loss = (loss_M * aux_M["known"]).sum() / known
+    return loss, jax.tree.map(lambda a_M: a_M.mean(0), aux_M), jax.tree.map(lambda t: t / known, total)
+
+
+def update(objective: Objective, state: State, slope: tuple, lr: jax.Array, hyper: optim.Hyper):
+    """Clipping, AdamW, and the guard: what is not finite leaves the state as it was. `slope` is what `gradient` gave.
 
     Returns (state, metrics); metrics are float32 [] by name, `row` the count of non-finite steps in a row.
     """
-    (loss, aux), grads = jax.value_and_grad(objective.loss, has_aux=True)(state.params, batch, keys)
+    loss, aux, grads = slope
     norm = optim.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     new = optim.adamw(state.params, grads, state.mu, state.nu, state.count, norm, lr, hyper)
@@ -97,7 +177,9 @@ def update(objective: Any, state: State, batch: dict, keys: jax.Array, lr: jax.A
 
 
 @functools.lru_cache(maxsize=64)
-def build(objective: Any, n_labels: int, mesh: Mesh, eval_batch: int, lanes: int, scan: bool) -> Programs:
+def build(
+    objective: Objective, n_labels: int, mesh: Mesh, eval_batch: int, lanes: int, scan: bool, accumulate: int = 1
+) -> Programs:
     """The programs of one objective on one mesh. Memoised: equal arguments give the same compiled functions.
 
     init(seed, prior [K]) -> State, made in place on the devices that will hold it.
@@ -118,8 +200,9 @@ def build(objective: Any, n_labels: int, mesh: Mesh, eval_batch: int, lanes: int
     Args:
         scan: several steps per dispatch as one program. Not on CPU, where convolutions inside a loop are many
             times slower.
+        accumulate: micro-batches per update, see `gradient`; L * accumulate divides the batch.
     """
-    whole, split = mesh_lib.replicated(mesh), mesh_lib.lanes_first(mesh)
+    whole, per_lane = mesh_lib.replicated(mesh), mesh_lib.lanes_first(mesh)
 
     def init(seed: jax.Array, prior: jax.Array) -> State:
         params = objective.init(jax.random.fold_in(jax.random.key(seed), INIT), prior)
@@ -134,15 +217,18 @@ def build(objective: Any, n_labels: int, mesh: Mesh, eval_batch: int, lanes: int
             flat = batch.pop("index"), batch.pop("epoch")
             batch = gather(mesh, rows, flat[0]) | {"epoch": flat[1].reshape(-1)}
         keys = example_keys(seed, batch.pop("hash"), batch.pop("epoch"))
-        return update(objective, state, batch, keys, lr, hyper)
+        if accumulate > 1:
+            batch, keys = split(mesh, (batch, keys), lanes, accumulate)
+        slope = gradient(objective, state.params, batch, keys, unroll=mesh_lib.on_cpu(mesh))
+        return update(objective, state, slope, lr, hyper)
 
     def many(state: State, rows: Any, entries: dict, rates: jax.Array, hyper: optim.Hyper, seed: jax.Array):
         return jax.lax.scan(lambda s, x: one(s, rows, x[0], x[1], hyper, seed), state, (entries, rates))
 
     def take(rows: dict, counts: jax.Array, start: jax.Array) -> tuple[dict, jax.Array]:
         at = start + jnp.arange(eval_batch // lanes)
-        index = jnp.broadcast_to(jnp.minimum(at, rows["labels"].shape[1] - 1), (lanes, at.size))
-        batch = gather(mesh, {name: rows[name] for name in rows if name != "hash"}, index)
+        index = jnp.broadcast_to(jnp.minimum(at, rows["hash"].shape[1] - 1), (lanes, at.size))
+        batch = gather(mesh, rows, index)
         return batch, (at < counts[:, None]).reshape(-1).astype(jnp.float32)
 
     def score(params: Any, batch: dict, weight: jax.Array, sums: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -170,12 +256,14 @@ def build(objective: Any, n_labels: int, mesh: Mesh, eval_batch: int, lanes: int
     return Programs(
         init=jax.jit(init, out_shardings=places),
         step=step,
-        take=jax.jit(take, out_shardings=split),
-        score=jax.jit(score, donate_argnums=3, out_shardings=(whole, split)),
+        take=jax.jit(take, out_shardings=per_lane),
+        score=jax.jit(score, donate_argnums=3, out_shardings=(whole, per_lane)),
         copy=jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=places),
         abstract=abstract,
         eval_batch=eval_batch,
+        n_labels=n_labels,
         one=one_step,
+        many=many_steps,
     )
 
 
@@ -187,7 +275,7 @@ def evaluate(programs: Programs, params: Any, placed: Any, mesh: Mesh) -> Iterat
         are given up to the next batch: only the last ones may be read.
     """
     everywhere, per_lane = mesh_lib.replicated(mesh), programs.eval_batch // len(placed.counts)
-    sums = jax.device_put(np.zeros((2, placed.rows["labels"].shape[-1]), np.float32), everywhere)
+    sums = jax.device_put(np.zeros((2, programs.n_labels), np.float32), everywhere)
     for start in range(0, int(placed.counts.max()), per_lane):
         there = jax.device_put(np.int32(start), everywhere)
         batch, weight = programs.take(placed.rows, placed.counts_there, there)

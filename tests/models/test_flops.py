@@ -30,3 +30,18 @@ def test_xla_counts_about_as_much(name, slack):
     params = jax.eval_shape(lambda key: models.init(config, key), jax.random.key(0))
     lowered = jax.jit(models.build(config).apply).lower({"params": params}, x, valid)
     assert lowered.cost_analysis()["flops"] == pytest.approx(flops.forward_flops(config, 1000), rel=slack)
+
+
+def test_peaks_are_dense_and_never_guessed():
+    assert flops.peak_flops("NVIDIA H200", "bfloat16") == 989.4e12 == 2 * flops.peak_flops("NVIDIA H200", "float32")
+    assert flops.peak_flops("NVIDIA A100-SXM4-80GB", "bfloat16") == 312e12
+    assert flops.peak_flops("TPU v5 lite", "bfloat16") == 197e12, "v5e, not v5p"
+    assert flops.peak_flops("TPU v5", "bfloat16") == 459e12
+    unknown = ("cpu", "NVIDIA GeForce RTX 4090", "TPU v4 lite", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA H100")
+    for kind in unknown:
+        assert flops.peak_flops(kind, "bfloat16") is None, kind
+    assert flops.peak_flops("TPU v4", "float32") is None and flops.peak_flops("NVIDIA H200", "float64") is None
+    t12 = ladder.get("T12")
+    rate = 0.5 * 989.4e12 / flops.training_flops(t12)
+    assert flops.mfu(t12, 1000, rate, "NVIDIA H200", "bfloat16") == pytest.approx(0.5)
+    assert flops.mfu(t12, 1000, rate, "cpu", "float32") is None

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -20,3 +21,11 @@ def tables():
 def _no_cache(monkeypatch, tmp_path_factory):
     """Compiled programs go to a folder of the test session, never to the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def quick_compilation():
+    """Compile fast, not well: for networks that run a few times only."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -204,3 +204,21 @@ def test_divergence_ends_the_run_and_is_recorded(toy, tables, tmp_path):
     assert skipped[-1] == 1.0
     with pytest.raises(DivergedError, match="diverged"):
         loop.train(config, tmp_path / "run", tables=tables, quiet=True)
+
+
+def test_the_objective_gets_what_the_configuration_says(tables, tmp_path, monkeypatch):
+    """A switch of the model that never reaches the objective would look like a setting and be none."""
+    given = {}
+
+    def make(*args, **options):
+        given.update(options)
+        return tiny_run.Toy(options["crop"])
+
+    monkeypatch.setattr(loop.supervised, "make", make)
+    for number, (override, name, value) in enumerate(
+        [("model.random_crop=false", "random_crop", False), ("model.scale=zscore", "scale", "zscore")]
+    ):
+        loop.train(tiny_run.config(override), tmp_path / f"run{number}", tables=tables, quiet=True)
+        assert given[name] == value
+    loop.train(tiny_run.config(), tmp_path / "plain", tables=tables, quiet=True)
+    assert given["random_crop"] is True

@@ -1,4 +1,8 @@
-"""The compiled programs: an example's own randomness, the gather, the guard, several steps at once."""
+"""The compiled programs: an example's own randomness, the gather, the guard, micro-batches, several steps at once,
+and what does not compile again.
+"""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +10,9 @@ import numpy as np
 import pytest
 import tiny_run
 
-from ecg_jax.training import feed, optim, step
+from ecg_jax.models import ladder
+from ecg_jax.objectives import supervised
+from ecg_jax.training import feed, optim, recipe, runtime, step
 from ecg_jax.training import mesh as mesh_lib
 
 K = len(tiny_run.LABELS)
@@ -146,3 +152,118 @@ def test_stream_and_resident_inputs_give_the_same_step(tables, mesh, programs):
     stream.close()
     assert rows == {}
     np.testing.assert_allclose(float(a[0]["loss"]), float(b[0]["loss"]), rtol=1e-6)
+
+
+SMALL = ladder.ResNet1dConfig(4, kernel=3, strides=(8, 4), groups=2)
+
+
+@pytest.mark.parametrize("arch", [SMALL, ladder.get("Td1")], ids=["resnet1d", "transformer"])
+def test_micro_batches_give_the_update_of_the_batch(tables, mesh, arch, quick_compilation):
+    """Gradient (as first moment, relative to its largest), loss, norm and parameters to 1e-6, with random crops,
+    unknown labels and clipping.
+    """
+    objective = supervised.make(arch, K, crop=200, dtype="float32")
+    hyper = optim.hyper(tiny_run.config("optim.eps=1e-3", "optim.clip=0.01").optim)
+    rates, found, loops = np.full(1, 1e-3, np.float32), [], []
+    for parts in (1, 2):
+        programs = step.build(objective, K, mesh, 64, 8, False, parts)
+        rows, inputs, there = _feed(tables, mesh).take(2, rates)
+        args = rows, inputs[0], there[0], hyper, jnp.uint32(0)
+        state = _start(programs)
+        loops.append(programs.one.lower(state, *args).as_text().count("stablehlo.while"))
+        state, metrics = programs.one(state, *args)
+        found.append((_host(state), _host(metrics)))
+    assert loops[0] == loops[1], "on CPU no convolution runs in a loop"
+    (whole, a), (split, b) = found
+    assert a.keys() == b.keys() and a["clipped"] == b["clipped"] == 1 and a["known"] < 1
+    for name in a:
+        assert b[name] == pytest.approx(a[name], rel=1e-6), name
+    for name in ("mu", "params"):
+        xs, ys = (jax.tree.leaves(getattr(state, name)) for state in (whole, split))
+        largest = max(np.abs(x).max() for x in xs)
+        for x, y in zip(xs, ys, strict=True):
+            np.testing.assert_allclose(y, x, rtol=1e-6, atol=1e-6 * largest)
+
+
+def test_micro_batches_hold_as_many_records_of_every_lane(mesh):
+    lane = np.repeat(np.arange(8), 6)  # a batch of 48 in lane order
+    parts = step.split(mesh, {"lane": lane, "number": np.arange(48)}, 8, 3)
+    assert np.array_equal(parts["lane"], np.tile(np.repeat(np.arange(8), 2), (3, 1)))
+    assert sorted(np.asarray(parts["number"]).ravel()) == list(range(48))
+
+
+def test_a_micro_batch_counts_by_its_known_labels_and_spoils_the_update_alone(mesh):
+    """Weights of micro-batches, and a single one that is not finite."""
+
+    class Mean:
+        def loss(self, params, batch, keys):
+            known = batch["known"].sum()
+            return (params["w"] * batch["x"] * batch["known"]).sum() / jnp.maximum(known, 1), {"known": known}
+
+        def absorb(self, params, aux):
+            return params, aux
+
+    x = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], np.float32)
+    batch = {"x": x, "known": np.array([[1, 0, 0], [1, 1, 1]], np.float32)}
+    keys = jax.random.split(jax.random.key(0), (2, 3))
+    params = {"w": jnp.float32(2)}
+    loss, _, grads = step.gradient(Mean(), params, batch, keys)
+    assert float(grads["w"]) == pytest.approx((1 + 4 + 5 + 6) / 4) and float(loss) == 2 * float(grads["w"])
+    nothing, _, flat = step.gradient(Mean(), params, batch | {"known": np.zeros((2, 3), np.float32)}, keys)
+    assert float(nothing) == 0 and float(flat["w"]) == 0
+    zero = jnp.int32(0)
+    state = step.State(params, {"w": jnp.float32(0)}, {"w": jnp.float32(0)}, zero, zero, zero)
+    broken = step.gradient(Mean(), params, batch | {"x": x * np.array([[np.inf], [1]], np.float32)}, keys)
+    after, metrics = step.update(Mean(), state, broken, jnp.float32(1), optim.hyper(tiny_run.config().optim))
+    assert float(after.params["w"]) == 2 and int(after.skipped) == 1 and float(metrics["skipped"]) == 1
+
+
+def test_batch_norm_learns_statistics_from_micro_batches(tables, mesh, quick_compilation):
+    """The gradient is another one with BatchNorm; the running statistics absorb the mean of the micro-batches'."""
+    objective = supervised.make(dataclasses.replace(SMALL, norm="batch"), K, crop=200, dtype="float32")
+    hyper, rates = optim.hyper(tiny_run.config().optim), np.full(1, 1e-3, np.float32)
+    means = []
+    for parts in (1, 2):
+        programs = step.build(objective, K, mesh, 64, 8, False, parts)
+        rows, inputs, there = _feed(tables, mesh).take(2, rates)
+        state, _ = programs.step(_start(programs), rows, inputs, there, hyper, jnp.uint32(0))
+        means.append(np.asarray(state.params["encoder"]["stem_norm_running_mean"]))
+    assert np.abs(means[0]).max() > 1e-4
+    np.testing.assert_allclose(means[1], means[0], rtol=1e-4, atol=1e-7)  # the stem's input is the same
+
+
+def test_a_sweep_compiles_once(tables, mesh):
+    """Peak rate, decay, clipping, betas, horizon, warm-up and seed are values; another batch is another program."""
+    runtime.compiles.listen()
+    programs = step.build(tiny_run.Toy(), K, mesh, 64, 8, False)
+    source = _feed(tables, mesh)
+
+    def train(*overrides):
+        config = tiny_run.config(*overrides)
+        control = recipe.Controller(recipe.plan(config, 160, 64))
+        hyper, seed, used = optim.hyper(config.optim), np.uint32(config.train.seed), []
+        state = programs.init(seed, np.full(K, 0.3, np.float32))
+        while control.phase != "end":
+            rates = control.rates()
+            state, _ = programs.step(state, *source.take(control.step, rates), hyper, seed)
+            used.append(float(rates[0]))
+            control.advance()
+            if control.phase_over():
+                control.end_phase()
+        return used
+
+    first = train()
+    size, compiled = programs.one._cache_size(), runtime.compiles.programs
+    assert size >= 1
+    runs = [
+        train("optim.lr=0.003"),
+        train("optim.weight_decay=0.3", "optim.clip=0", "optim.b1=0.5", "optim.b2=0.9"),
+        train("recipe.steps=40"),
+        train("optim.warmup_steps=9", "train.seed=3"),
+    ]
+    assert len(runs[2]) == 40 != len(first) and runs[0][-1] < first[-1], "the runs do differ"
+    assert programs.one._cache_size() == size and runtime.compiles.programs == compiled
+    wider = feed.ResidentFeed(feed.place(tables["train"], mesh), mesh, 32, 0, False)
+    inputs = wider.take(0, np.ones(1, np.float32))
+    programs.step(_start(programs), *inputs, optim.hyper(tiny_run.config().optim), np.uint32(0))
+    assert programs.one._cache_size() == size + 1, "the counter counts"

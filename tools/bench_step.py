@@ -1,0 +1,333 @@
+"""Speed of the train step: ECG/s, ms a step, MFU, compile seconds, memory, input wait; alone or beside PyTorch.
+
+    python tools/bench_step.py --rung R4 T4
+    python tools/bench_step.py --rung R8 --against torch --pairs 9 --csv steps.csv
+    python tools/bench_step.py --rung T12 --precision bf16 --batch 256 --steps-per-dispatch 4
+
+The step is the one that training runs (`training/step`): gather from resident int16 records, cast and scale, loss,
+gradient, clipping, AdamW, guard. Records are random and wholly valid. By default ResNets see 12 x 1024 samples and
+Transformers 252 tokens (12 leads x 21 patches of 48 samples).
+
+`--against torch` builds the same network in PyTorch (`torch_nets.py`; install PyTorch beside this package), copies
+our starting parameters into it, insists that loss and gradients agree to 1e-4, and then times both in turn, in the
+same process and minutes. Its ratios are PyTorch's median over ours: above 1, ours is faster. Quiet the machine
+first; where it cannot be quiet, set OMP_WAIT_POLICY=passive (PyTorch's threads else burn time waiting for a core) and
+believe the ratio of CPU time.
+
+Measured on two quiet cores of an Intel Xeon with AVX-512, jax 0.10.2 and torch 2.13, float32, nine pairs, PyTorch's
+time over ours, wall and CPU: R8, batch 32, 1.28 and 1.48; T8, batch 16, 0.65 and 0.74. R4, batch 32: 0.89 and 1.13 with
+spectral windows in its layers too; without them, as the table now has it, its step takes 77 to 81 ms instead of 91 to 95,
+beside 90 of PyTorch's in another run.
+
+FLOPs are analytic at 2 per multiply-add and MFU stands against the dense peak of a known device, else it is not
+given (`models/flops.py`). Memory is what XLA assigns to the program: arguments, results and temporaries. Needs
+neither TensorFlow nor wfdb.
+"""
+
+import argparse
+import csv
+import dataclasses
+import functools
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with PyTorch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ecg_jax.config import OptimConfig
+from ecg_jax.models import flops, ladder
+from ecg_jax.models.inputs import to_input
+from ecg_jax.models.ladder import Config, ResNet1dConfig
+from ecg_jax.objectives import supervised
+from ecg_jax.training import mesh as mesh_lib
+from ecg_jax.training import optim, step
+
+LABELS = 6
+TOLERANCE = 1e-4  # of loss and gradients beside PyTorch
+CHECKED, DRAWS = 2, 4  # records of a comparison, and comparisons of which one must agree: see `beside`
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+OPTIM = OptimConfig()
+
+
+def network(args: argparse.Namespace, rung: str) -> tuple[Config, int, int]:
+    """(configuration, samples, batch) of a rung, with the defaults of the benchmark."""
+    config = ladder.get(rung, norm=args.norm)
+    if isinstance(config, ResNet1dConfig):
+        crop, batch = args.crop or 1024, 32
+    else:
+        patch = args.patch or (48 if rung not in ladder.DEMO_RUNGS else config.patch)
+        crop = args.crop or min(1008 // patch, config.times * config.patch // patch) * patch
+        config = dataclasses.replace(config, patch=patch, times=max(config.times, -(-crop // patch)))
+        batch = 16 if ladder.count(config) < 50e6 else 4
+    return config, crop, args.batch or batch
+
+
+def records(samples: int, number: int, lanes: int) -> dict[str, np.ndarray]:
+    """Random resident rows [lanes, number / lanes, ...]: smooth noise of a few hundred microvolt, wholly valid; every
+    label is known.
+    """
+    rng, shape = np.random.default_rng(0), (lanes, -(-number // lanes))
+    noise = rng.normal(0, 150, (*shape, samples + 4, 12))
+    smooth = sum(noise[:, :, i : i + samples] for i in range(5))
+    return {
+        "signal": smooth.astype(np.int16),
+        "labels": rng.integers(0, 2, (*shape, LABELS)).astype(np.int8),
+        "valid": np.broadcast_to(np.array([0, samples], np.int32), (*shape, 2)),
+        "hash": rng.integers(0, 2**32, (*shape, 2), np.uint32),
+    }
+
+
+class Ours:
+    """The training step of a rung on resident records, compiled; `run` is timed."""
+
+    def __init__(self, args: argparse.Namespace, config: Config, crop: int, batch: int):
+        self.mesh = mesh_lib.make(devices=1)
+        self.per_dispatch = args.steps_per_dispatch
+        scan = self.per_dispatch > 1 and not mesh_lib.on_cpu(self.mesh)
+        self.scan, self.batch, self.rng = scan, batch, np.random.default_rng(1)
+        self.objective = supervised.make(config, LABELS, crop=crop, dtype=PRECISIONS[args.precision])
+        lanes = self.lanes = math.gcd(8, batch // args.accumulate)  # fewer than in training for a tiny batch
+        host = records(crop, max(args.records, batch), lanes)
+        self.sample = {name: rows[:, : batch // lanes].reshape(batch, *rows.shape[2:]) for name, rows in host.items()}
+        self.rows = jax.device_put(host, mesh_lib.lanes_first(self.mesh))
+        programs = step.build(self.objective, LABELS, self.mesh, batch, lanes, scan, args.accumulate)
+        everywhere = mesh_lib.replicated(self.mesh)
+        prior = np.full(LABELS, 0.5, np.float32)
+        self.state = programs.init(*jax.device_put((np.uint32(0), prior), everywhere))
+        self.start = jax.tree.map(np.asarray, self.state.params)
+        self.constants = jax.device_put((optim.hyper(OPTIM), np.uint32(0)), everywhere)
+        inputs, rates = self.inputs()
+        started = time.perf_counter()
+        lowered = (programs.many if scan else programs.one).lower(self.state, self.rows, inputs, rates, *self.constants)
+        self.program = lowered.compile()
+        self.compile_s = time.perf_counter() - started
+        memory = self.program.memory_analysis()
+        self.program_mib = (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes
+        ) / 2**20
+        self.waited = 0.0
+
+    def inputs(self) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Row numbers, epochs and rates of one dispatch, on the device; of `per_dispatch` steps with scan."""
+        shape, capacity = (self.lanes, self.batch // self.lanes), self.rows["labels"].shape[1]
+        shape = (self.per_dispatch, *shape) if self.scan else shape
+        entry = {"index": self.rng.integers(0, capacity, shape, np.int32), "epoch": np.zeros(shape, np.int32)}
+        rates = np.full(self.per_dispatch, OPTIM.lr, np.float32) if self.scan else np.float32(OPTIM.lr)
+        place = mesh_lib.lanes_second if self.scan else mesh_lib.lanes_first
+        return jax.device_put(entry, place(self.mesh)), jax.device_put(rates, mesh_lib.replicated(self.mesh))
+
+    def run(self, steps: int) -> None:
+        """Train for `steps` steps; each dispatch is read after the next has been sent, the last at the end."""
+        before = None
+        for _ in range(max(1, steps // self.per_dispatch) if self.scan else steps):
+            started = time.perf_counter()
+            inputs, rates = self.inputs()
+            self.waited += time.perf_counter() - started
+            self.state, metrics = self.program(self.state, self.rows, inputs, rates, *self.constants)
+            if before is not None:
+                jax.block_until_ready(before)
+            before = metrics
+        jax.block_until_ready(self.state)
+
+    @functools.cached_property
+    def slope(self) -> Callable[..., Any]:
+        """Loss and gradients of starting parameters on CHECKED records, in full float32."""
+        objective, keys = (
+            dataclasses.replace(self.objective, dtype="float32"),
+            jax.random.split(jax.random.key(0), CHECKED),
+        )
+        return jax.jit(lambda params, batch: step.gradient(objective, params, batch, keys))
+
+    def first(self, at: slice) -> tuple[float, Any]:
+        """Loss and gradients of the starting parameters on these records of `sample`."""
+        with jax.default_matmul_precision("highest"):
+            loss, _, grads = self.slope(self.start, {name: x[at] for name, x in self.sample.items() if name != "hash"})
+        return float(loss), jax.tree.map(np.asarray, grads)
+
+
+def beside(args: argparse.Namespace, ours: Ours, config: Config) -> tuple[Any, str]:
+    """The same network in PyTorch, proven to be the same, and what PyTorch runs on. Exits where it is not."""
+    import torch_nets
+
+    crop = ours.objective.crop
+    if config.padded(crop) != crop:
+        sys.exit(f"--crop {crop} is no multiple of the {config.frame} samples of a frame: give one beside torch")
+    about = torch_nets.setup(os.cpu_count() or 1, tf32=False)
+    given = {name: jnp.asarray(ours.sample[name]) for name in ("signal", "valid")}
+    x, _, gain = to_input(given["signal"], given["valid"], scale=ours.objective.scale, crop=crop)
+    batch = np.asarray(x), np.asarray(gain), ours.sample["labels"]
+    planar = {"auto": None, "on": True, "off": False}[args.channels_last]
+    bf16 = args.precision == "bf16"
+    decay = optim.decayed(ours.start)
+    theirs = torch_nets.Trainer(config, ours.start, decay, batch, OPTIM, bf16, planar, args.compile_mode)
+    # A maximum or a ReLU that tips over by rounding moves a gradient by 1e-3, in whichever network; it is rare in a few
+    # records. A network that is another one agrees in no draw.
+    draws = range(0, min(DRAWS * CHECKED, ours.batch), CHECKED)
+    apart = [_apart(ours, theirs, slice(at, at + CHECKED)) for at in draws]
+    if not min(apart) <= TOLERANCE:
+        sys.exit(f"loss and gradients differ by {min(apart):.1e} in PyTorch: not the same network")
+    torch_nets.setup(os.cpu_count() or 1, tf32=True)
+    return theirs, f"{about}; same loss and gradients to {min(apart):.0e}"
+
+
+def _apart(ours: Ours, theirs: Any, at: slice) -> float:
+    """Largest relative difference of loss and gradients, array by array, on a few records."""
+    loss, grads = ours.first(at)
+    loss_there, grads_there = theirs.first(at)
+    worst = abs(loss_there - loss) / abs(loss)
+    everything = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(grads)))
+    for (part, name), there in grads_there.items():
+        here = grads[part][name]
+        if there.shape != here.shape:
+            sys.exit(f"{part}/{name}: {here.shape} here, {there.shape} in PyTorch: not the same network")
+        # An array that hardly matters (a key's bias) is held against a hundredth of the whole gradient.
+        worst = max(worst, np.linalg.norm(there - here) / max(np.linalg.norm(here), 1e-2 * everything))
+    return float(worst)
+
+
+def once(run: Callable[[int], None], steps: int) -> tuple[float, float]:
+    """(wall, process CPU) seconds a step, over `steps` steps."""
+    time.sleep(0.2)  # the other side's threads stop spinning
+    wall, cpu = time.perf_counter(), time.process_time()
+    run(steps)
+    return (time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps
+
+
+def calibrate(run: Callable[[int], None], seconds: float, multiple: int) -> int:
+    """Steps that take about `seconds`, a multiple of `multiple`; the first call warms up."""
+    run(multiple)
+    wall, _ = once(run, multiple)
+    return max(1, round(seconds / wall / multiple)) * multiple
+
+
+def bench(args: argparse.Namespace, rung: str) -> dict[str, Any]:
+    """One line of the table."""
+    config, crop, batch = network(args, rung)
+    ours = Ours(args, config, crop, batch)
+    sides: dict[str, Callable[[int], None]] = {"ours": ours.run}
+    if args.against:
+        theirs, about = beside(args, ours, config)
+        print(f"{rung}: {about}", flush=True)
+        sides["torch"] = theirs.run
+    steps = {
+        side: calibrate(run, args.seconds, ours.per_dispatch if side == "ours" else 1) for side, run in sides.items()
+    }
+    times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+    ours.waited = 0.0
+    for pair in range(args.pairs):
+        for side in sorted(sides, reverse=pair % 2 == 1):  # each begins every other pair
+            times[side].append(once(sides[side], steps[side]))
+    wall, cpu = (statistics.median(t[which] for t in times["ours"]) for which in (0, 1))
+    dtype, device = PRECISIONS[args.precision], jax.devices()[0]
+    per_record = flops.training_flops(config, crop)
+    mfu = flops.mfu(config, crop, batch / wall, device.device_kind, dtype)
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    line = {
+        "rung": rung,
+        "params": ladder.count(config),
+        "objective": args.objective,
+        "norm": args.norm if isinstance(config, ResNet1dConfig) else "layer",
+        "samples": crop,
+        "batch": batch,
+        "accumulate": args.accumulate,
+        "per_dispatch": ours.per_dispatch,
+        "precision": args.precision,
+        "ecg_per_s": round(batch / wall, 1),
+        "ms_per_step": round(wall * 1e3, 3),
+        "cpu_ms_per_step": round(cpu * 1e3, 2),
+        "tflops": round(per_record * batch / wall / 1e12, 4),
+        "mfu": None if mfu is None else round(mfu, 4),
+        "compile_s": round(ours.compile_s, 2),
+        "program_mib": round(ours.program_mib, 1),
+        "device_peak_mib": None if peak is None else round(peak / 2**20, 1),
+        "input_wait_ms": round(ours.waited / (args.pairs * steps["ours"]) * 1e3, 3),
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "pairs": args.pairs,
+    }
+    if args.against:
+        there = [statistics.median(t[which] for t in times["torch"]) for which in (0, 1)]
+        pairs = sorted(t[0] / o[0] for o, t in zip(times["ours"], times["torch"], strict=True))
+        line |= {
+            "torch_ms_per_step": round(there[0] * 1e3, 3),
+            "torch_cpu_ms_per_step": round(there[1] * 1e3, 2),
+            "ratio_wall": round(there[0] / wall, 3),
+            "ratio_cpu": round(there[1] / cpu, 3),
+            "ratio_lowest_pair": round(pairs[0], 3),
+            "ratio_highest_pair": round(pairs[-1], 3),
+        }
+    return line
+
+
+def show(line: dict[str, Any]) -> None:
+    """A table of two columns, what is not known left out."""
+    for name, value in line.items():
+        if value is not None:
+            print(f"  {name:22} {value:,}" if isinstance(value, int | float) else f"  {name:22} {value}")
+    sys.stdout.flush()
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Add a line to a CSV file, with the header where there is none."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow(line)
+
+
+COLUMNS = (
+    *("rung", "params", "objective", "norm", "samples", "batch", "accumulate", "per_dispatch", "precision"),
+    *("ecg_per_s", "ms_per_step", "cpu_ms_per_step", "tflops", "mfu", "compile_s", "program_mib", "device_peak_mib"),
+    *("input_wait_ms", "device", "jax", "pairs", "torch_ms_per_step", "torch_cpu_ms_per_step"),
+    *("ratio_wall", "ratio_cpu", "ratio_lowest_pair", "ratio_highest_pair"),
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--rung", nargs="+", default=["R8"], help="one or several, as R4 T8")
+    add("--objective", choices=["supervised"], default="supervised")
+    add("--batch", type=int, help="records a step (default: 32 ResNet, 16 Transformer, 4 from 50 M parameters)")
+    add("--precision", choices=list(PRECISIONS), default="fp32")
+    add("--crop", type=int, help="samples of a record")
+    add("--patch", type=int, help="samples of a Transformer's token")
+    add("--norm", choices=ladder.NORMS, default="group", help="of a ResNet")
+    add("--accumulate", type=int, default=1, help="micro-batches a step")
+    add("--steps-per-dispatch", type=int, default=1, help="as one program; on a CPU one by one")
+    add("--records", type=int, default=1024, help="resident")
+    add("--pairs", type=int, default=9, help="repetitions, or pairs beside torch")
+    add("--seconds", type=float, default=2.0, help="of each repetition")
+    add("--against", choices=["torch"])
+    add("--channels-last", choices=["auto", "on", "off"], default="auto", help="in torch; auto: on a GPU")
+    add("--compile-mode", default="default", help="of torch.compile, on a GPU")
+    add("--csv", type=Path, help="file to append to")
+    args = parser.parse_args(arguments)
+    for rung in args.rung:
+        if ladder.get(rung).family == "transformer" and args.norm != "group":
+            sys.exit(f"--norm {args.norm} is for ResNets, {rung} is a Transformer")
+        batch = network(args, rung)[2]
+        if batch < 1 or batch % args.accumulate or (args.against and batch % CHECKED):
+            sys.exit(f"--batch {batch} must be a multiple of --accumulate {args.accumulate}, and even beside torch")
+        line = bench(args, rung)
+        show(line)
+        if args.csv:
+            append(args.csv, line)
+
+
+if __name__ == "__main__":
+    main()
