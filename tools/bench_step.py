@@ -15,9 +15,9 @@ first; where it cannot be quiet, set OMP_WAIT_POLICY=passive (PyTorch's threads 
 believe the ratio of CPU time.
 
 Measured on two quiet cores of an Intel Xeon with AVX-512, jax 0.10.2 and torch 2.13, float32, nine pairs, PyTorch's
-time over ours, wall and CPU: R8, batch 32, 1.28 and 1.48; T8, batch 16, 0.65 and 0.74. R4, batch 32: 0.89 and 1.13 with
-spectral windows in its layers too; without them, as the table now has it, its step takes 77 to 81 ms instead of 91 to 95,
-beside 90 of PyTorch's in another run.
+time over ours, wall and CPU: R8, batch 32, 1.28 and 1.48; T8, batch 16, 0.65 and 0.74. R4, batch 32: 0.89 and 1.13
+with spectral windows in its layers too; without them, as the table now has it, its step takes 77 to 81 ms instead of 91
+to 95, beside 90 of PyTorch's in another run.
 
 FLOPs are analytic at 2 per multiply-add and MFU stands against the dense peak of a known device, else it is not
 given (`models/flops.py`). Memory is what XLA assigns to the program: arguments, results and temporaries. Needs
