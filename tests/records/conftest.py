@@ -1,10 +1,12 @@
-"""A small ECG generator for tests: Gaussian waves on twelve leads that obey Einthoven."""
+"""A small ECG generator for tests: Gaussian waves on twelve leads that obey Einthoven; and XML files read back."""
 
 import numpy as np
 import pytest
 
 from ecg_jax.records.leads import expand_matrix
-from ecg_jax.records.record import Record
+from ecg_jax.records.readers.reading import Reading
+from ecg_jax.records.readers.xml import read_xml
+from ecg_jax.records.record import Record, Refused
 
 
 def make_signal(seconds: float = 10.0, rate: float = 500.0, bpm: float = 72.0, seed: int = 0) -> np.ndarray:
@@ -40,3 +42,33 @@ def ecg():
 def record():
     """record(signal, rate, id, ...) -> Record."""
     return make_record
+
+
+@pytest.fixture(scope="module")
+def steps(ecg) -> np.ndarray:
+    """int [1000, 12]: 2 s at 500 Hz, one step 5 uV, limb leads to within rounding as devices store them."""
+    return np.rint(ecg(seconds=2.0, rate=500.0) / 0.005).astype(int)
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(text or bytes of an XML file) -> Reading."""
+
+    def write_and_read(document: str | bytes) -> Reading:
+        file = tmp_path / "ecg.xml"
+        file.write_bytes(document if isinstance(document, bytes) else document.encode())
+        return read_xml(file)
+
+    return write_and_read
+
+
+@pytest.fixture
+def refusal(read):
+    """refusal(text or bytes of an XML file) -> the reason for which it is refused, by name."""
+
+    def reason(document: str | bytes) -> str:
+        with pytest.raises(Refused, match=r"ecg\.xml") as caught:
+            read(document)
+        return caught.value.reason
+
+    return reason

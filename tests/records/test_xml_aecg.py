@@ -7,9 +7,7 @@ import pytest
 
 from ecg_jax.records.leads import LEADS
 from ecg_jax.records.readers import xml_tree
-from ecg_jax.records.readers.reading import Reading
 from ecg_jax.records.readers.xml import read_xml
-from ecg_jax.records.record import Refused
 
 
 def sequence(code: str, digits: str, scale: str = "2.5", unit: str = "uV", origin: str = "0") -> str:
@@ -36,35 +34,11 @@ def aecg(*parts: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def steps(ecg) -> np.ndarray:
-    """int [1000, 12]: 2 s at 500 Hz, one step 5 uV, limb leads to within rounding as devices store them."""
-    return np.rint(ecg(seconds=2.0, rate=500.0) / 0.005).astype(int)
-
-
-@pytest.fixture(scope="module")
 def small(steps) -> str:
     return aecg(series(steps[:60]))
 
 
-@pytest.fixture
-def read(tmp_path):
-    """read(text or bytes) -> Reading."""
-
-    def write_and_read(document: str | bytes) -> Reading:
-        file = tmp_path / "ecg.xml"
-        file.write_bytes(document if isinstance(document, bytes) else document.encode())
-        return read_xml(file)
-
-    return write_and_read
-
-
-def refusal(read, document: str | bytes) -> str:
-    with pytest.raises(Refused, match=r"ecg\.xml") as caught:
-        read(document)
-    return caught.value.reason
-
-
-def test_aecg(read, steps):
+def test_aecg(refusal, read, steps):
     beat = series(steps[:100] * 9, kind="REPRESENTATIVE_BEAT").replace("series>", "derivedSeries>")
     derivation = beat.replace("<component>", "<derivation>", 1)[: -len("</component>")] + "</derivation>"
     document = aecg(series(steps * 2, inner=derivation))
@@ -73,7 +47,7 @@ def test_aecg(read, steps):
     np.testing.assert_allclose(reading.signal, steps * 0.005, atol=1e-6)
     assert (reading.rate, reading.time, reading.comments) == (500.0, "2002-11-22 09:10:00", ())
     beats_alone = series(steps, kind="REPRESENTATIVE_BEAT")
-    assert refusal(read, aecg(beats_alone)) == refusal(read, aecg()) == "no-rhythm"
+    assert refusal(aecg(beats_alone)) == refusal(aecg()) == "no-rhythm"
 
 
 def test_aecg_scale_origin_order(read, steps):
@@ -122,9 +96,9 @@ def test_aecg_takes_the_fullest_set(read, steps):
         ("<digits>", "<digits>x ", "bad-number"),
     ],
 )
-def test_aecg_refused(read, small, old, new, reason):
+def test_aecg_refused(refusal, read, small, old, new, reason):
     assert old in small
-    assert refusal(read, small.replace(old, new, 1 if reason == "wrong-count" else -1)) == reason
+    assert refusal(small.replace(old, new, 1 if reason == "wrong-count" else -1)) == reason
 
 
 def test_aecg_sample_that_is_not_there(read, small):
@@ -143,10 +117,10 @@ def test_calibration_pulse_that_a_conversion_carried_along(read, ecg):
     np.testing.assert_allclose(signal[:5290], steps[:5290] * 0.005, atol=1e-6)
 
 
-def test_aecg_limits(read, small, monkeypatch):
-    assert refusal(read, small.replace("MDC_ECG_LEAD_V6", "MDC_ECG_LEAD_V" + " " * 999 + "6")) == "bad-lead-name"
+def test_aecg_limits(refusal, read, small, monkeypatch):
+    assert refusal(small.replace("MDC_ECG_LEAD_V6", "MDC_ECG_LEAD_V" + " " * 999 + "6")) == "bad-lead-name"
     monkeypatch.setattr(xml_tree, "MAX_SAMPLES", 50)
-    assert refusal(read, small) == "too-long"
+    assert refusal(small) == "too-long"
 
 
 def test_real_aecg(shared_data, tmp_path):

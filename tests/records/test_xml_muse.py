@@ -8,9 +8,6 @@ import pytest
 
 from ecg_jax.records.leads import LEADS
 from ecg_jax.records.readers import xml_tree
-from ecg_jax.records.readers.reading import Reading
-from ecg_jax.records.readers.xml import read_xml
-from ecg_jax.records.record import Refused
 
 EIGHT = ("I", "II", "V1", "V2", "V3", "V4", "V5", "V6")
 
@@ -51,35 +48,11 @@ def muse(*waves: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def steps(ecg) -> np.ndarray:
-    """int [1000, 12]: 2 s at 500 Hz, one step 5 uV, limb leads to within rounding as devices store them."""
-    return np.rint(ecg(seconds=2.0, rate=500.0) / 0.005).astype(int)
-
-
-@pytest.fixture(scope="module")
 def small(steps) -> str:
     return muse(waveform("Rhythm", [lead_data(name, steps[:60, LEADS.index(name)]) for name in EIGHT]))
 
 
-@pytest.fixture
-def read(tmp_path):
-    """read(text or bytes) -> Reading."""
-
-    def write_and_read(document: str | bytes) -> Reading:
-        file = tmp_path / "ecg.xml"
-        file.write_bytes(document if isinstance(document, bytes) else document.encode())
-        return read_xml(file)
-
-    return write_and_read
-
-
-def refusal(read, document: str | bytes) -> str:
-    with pytest.raises(Refused, match=r"ecg\.xml") as caught:
-        read(document)
-    return caught.value.reason
-
-
-def test_muse(read, steps):
+def test_muse(refusal, read, steps):
     median = waveform("Median", [lead_data(name, steps[:600, 0] * 9) for name in EIGHT])
     rhythm = waveform("Rhythm", [lead_data(name, steps[:, LEADS.index(name)]) for name in EIGHT], "50", "1")
     for document in (muse(median, rhythm), muse(rhythm, median)):
@@ -89,7 +62,7 @@ def test_muse(read, steps):
         stored = [LEADS.index(name) for name in EIGHT]
         np.testing.assert_allclose(reading.signal[:, stored], steps[:, stored] * 0.00488, atol=1e-6)
         np.testing.assert_allclose(reading.signal[:, 2], (steps[:, 1] - steps[:, 0]) * 0.00488, atol=1e-6)
-    assert refusal(read, muse(median)) == "no-rhythm"
+    assert refusal(muse(median)) == "no-rhythm"
     hidden = muse(rhythm).replace("09-23-2020", "XX-XX-XXXX")
     assert read(hidden).time is None
 
@@ -127,10 +100,10 @@ def test_muse_leads_of_their_own_time(read, steps):
         ({"WaveFormData": "==="}, "corrupt-waveform"),
     ],
 )
-def test_muse_refused(read, steps, change, reason):
+def test_muse_refused(refusal, read, steps, change, reason):
     few = steps[:60]
     leads = [lead_data(name, few[:, 0], **(change if name == "V4" else {})) for name in EIGHT]
-    assert refusal(read, muse(waveform("Rhythm", leads))) == reason
+    assert refusal(muse(waveform("Rhythm", leads))) == reason
     if "LeadDataCRC32" in change:  # 0 promises nothing
         leads = [lead_data(name, few[:, 0], LeadDataCRC32=0) for name in EIGHT]
         assert len(read(muse(waveform("Rhythm", leads))).signal) == 60
@@ -149,15 +122,15 @@ def test_muse_refused(read, steps, change, reason):
         ("WaveformType", "Type", "missing-element"),
     ],
 )
-def test_muse_header_refused(read, small, old, new, reason):
+def test_muse_header_refused(refusal, read, small, old, new, reason):
     assert old in small
     if reason == "missing":  # a channel without a name is none of the twelve
         assert read(small.replace(old, new)).missing == ("V6",)
         return
-    assert refusal(read, small.replace(old, new)) == reason
+    assert refusal(small.replace(old, new)) == reason
 
 
-def test_muse_limits(read, small, monkeypatch):
-    assert refusal(read, small.replace("<LeadID>V6", "<LeadID>" + "x" * 999)) == "bad-lead-name"
+def test_muse_limits(refusal, read, small, monkeypatch):
+    assert refusal(small.replace("<LeadID>V6", "<LeadID>" + "x" * 999)) == "bad-lead-name"
     monkeypatch.setattr(xml_tree, "MAX_SAMPLES", 50)
-    assert refusal(read, small) == "too-long"
+    assert refusal(small) == "too-long"

@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ecg_jax.records.leads import LEADS
-from ecg_jax.records.readers.reading import Reading
 from ecg_jax.records.readers.xml import read_xml
 from ecg_jax.records.record import Refused
 
@@ -80,32 +79,8 @@ def philips(body: str, length: int, version: str = "1.03", flags: str | None = N
 
 
 @pytest.fixture(scope="module")
-def steps(ecg) -> np.ndarray:
-    """int [1000, 12]: 2 s at 500 Hz, one step 5 uV, limb leads to within rounding as devices store them."""
-    return np.rint(ecg(seconds=2.0, rate=500.0) / 0.005).astype(int)
-
-
-@pytest.fixture(scope="module")
 def small(steps) -> str:
     return philips(xli(steps[:60]), 60)
-
-
-@pytest.fixture
-def read(tmp_path):
-    """read(text or bytes) -> Reading."""
-
-    def write_and_read(document: str | bytes) -> Reading:
-        file = tmp_path / "ecg.xml"
-        file.write_bytes(document if isinstance(document, bytes) else document.encode())
-        return read_xml(file)
-
-    return write_and_read
-
-
-def refusal(read, document: str | bytes) -> str:
-    with pytest.raises(Refused, match=r"ecg\.xml") as caught:
-        read(document)
-    return caught.value.reason
 
 
 @pytest.mark.parametrize("version", ["1.03", "1.04", "1.04.01"])
@@ -125,7 +100,7 @@ def test_philips_full_dictionary(read):
     np.testing.assert_allclose(read(philips(xli(steps), 2000)).signal, steps * 0.005, atol=1e-6)
 
 
-def test_philips_uncompressed(read, steps):
+def test_philips_uncompressed(refusal, read, steps):
     data = base64.b64encode(np.pad(steps, ((0, 0), (0, 4))).T.astype("<i2").tobytes()).decode()
     for version, flags in (("1.03", 'compressflag="False" compressmethod="XLI"'), ("1.04", "")):
         reading = read(philips(data, len(steps), version, flags))
@@ -136,7 +111,7 @@ def test_philips_uncompressed(read, steps):
     remainders = steps.copy()
     remainders[:, 2:6] = np.arange(len(steps))[:, None] % 3 - 1
     data = base64.b64encode(remainders.T.astype("<i2").tobytes()).decode()
-    assert refusal(read, philips(data, len(steps), "1.04", "")) == "ambiguous-limb-leads"
+    assert refusal(philips(data, len(steps), "1.04", "")) == "ambiguous-limb-leads"
 
 
 def test_calibration_pulse_is_no_ecg(read, ecg):
@@ -180,16 +155,16 @@ def test_philips_reads_utf16(read, steps):
         ("dataacquisition", "acquisition", "missing-element"),
     ],
 )
-def test_philips_refused(read, small, old, new, reason):
+def test_philips_refused(refusal, read, small, old, new, reason):
     assert old in small
-    assert refusal(read, small.replace(old, new)) == reason
+    assert refusal(small.replace(old, new)) == reason
 
 
-def test_philips_broken_codes(read, steps):
+def test_philips_broken_codes(refusal, read, steps):
     whole = base64.b64decode(xli(steps))
 
     def refused(data: bytes) -> str:
-        return refusal(read, philips(base64.b64encode(data).decode(), len(steps)))
+        return refusal(philips(base64.b64encode(data).decode(), len(steps)))
 
     assert refused(whole[:-5]) == "truncated" and refused(whole[:3]) == refused(b"") == "truncated"
     assert refused(struct.pack("<ihh", -1, 1, 0) + whole[8:]) == "truncated"
@@ -200,7 +175,7 @@ def test_philips_broken_codes(read, steps):
     assert refused(wild + whole) == "corrupt-waveform"  # slopes beyond 16 bits
     bomb = b"".join(chunk(np.zeros(60_000)) for _ in range(12))
     assert refused(bomb) == "wrong-count"
-    assert refusal(read, philips("AAA!", 1000)) == refusal(read, philips("äöü", 1000)) == "corrupt-waveform"
+    assert refusal(philips("AAA!", 1000)) == refusal(philips("äöü", 1000)) == "corrupt-waveform"
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
