@@ -381,4 +381,7 @@ def test_anything_is_prepared_or_refused(record, seed, length, rate, value, shar
     signal[rng.random((length, 12)) < share] = value
     (result,) = prepare_many([record(signal, rate)])
     if not isinstance(result, Refused):
-        assert result and all(w.signal.shape == (1000, 12) and sum(w.valid) <= 1000 for w in result)
+        kept = [w for w in result if not isinstance(w, Refused)]
+        assert kept and all(w.signal.shape == (1000, 12) and sum(w.valid) <= 1000 for w in kept)
+        # A window that cannot be used is named among those of its recording.
+        assert all(w.detail.startswith(f"r#{k}: ") for k, w in enumerate(result) if isinstance(w, Refused))
