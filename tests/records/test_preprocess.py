@@ -375,6 +375,7 @@ def test_a_bad_record_does_not_hurt_its_neighbours(ecg, record):
     st.sampled_from([np.nan, np.inf, 0.0, 1e30, -1e30]),
     st.floats(0, 1),
 )
+@example(0, 1308, 80.0, np.nan, 0.46875)  # of two windows one misses more than half
 def test_anything_is_prepared_or_refused(record, seed, length, rate, value, share):
     rng = np.random.default_rng(seed)
     signal = rng.standard_normal((length, 12)).astype(np.float32)
