@@ -49,12 +49,43 @@ class ModelConfig:
     crop: int = 1000  # samples at 100 Hz; in evaluation from the centre of the record
     random_crop: bool = True  # in training from a random place of the record (false: from its centre)
     dropout: float = 0.0
-    input: Literal["signal"] = "signal"
+    input: Literal["auto", "signal", "beats"] = "auto"  # auto: signal for ResNets, beat tokens for Transformers
+    beats: Literal["auto", "robust", "heartlang"] = "auto"  # which beats; auto: the codebook's, else robust
+    slots: int = 0  # beat tokens of a record, a multiple of 12 (0: as many as can be, 252, or 256 for heartlang)
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    name: Literal["supervised"] = "supervised"
+    """`supervised` learns the labels of data.task; `masked_codes` the codes of masked beats, of the codebook folder
+    `codebook` (see `ecg-jax tokenize`); `codebook` learns such a codebook, of section [codebook].
+    """
+
+    name: Literal["supervised", "masked_codes", "codebook"] = "supervised"
+    codebook: str = ""
+    masking: Literal["token", "beat"] = "token"  # what is hidden together: one lead's beat, or a beat in all leads
+    ratio: float = 0.5  # share of the beats that is hidden
+    padding: bool = False  # HeartLang's way: masks fall on padding too, and it is scored
+    head: Literal["factorised", "full"] = "factorised"  # through the frozen codebook, or a matrix of its own
+
+
+@dataclass(frozen=True)
+class CodebookConfig:
+    """Size and training of VQ-HBR (`models/vqhbr.py`); the defaults are HeartLang's sizes."""
+
+    codes: int = 8192
+    code_dim: int = 128
+    width: int = 768
+    encoder_layers: int = 4
+    decoder_layers: int = 2
+    heads: int = 2
+    head_size: int = 64
+    mlp: int = 2048
+    decay: float = 0.99  # of the codebook's moving average
+    beta: float = 1.0  # weight of the commitment loss
+    refresh: float = 0.0  # codes used less than this share of an even use are put anew, 0.2 does well (0: never)
+    faithful: bool = False  # as published: padding and the outer half second count
+    indices: bool = True  # codes are made with lead and time indices (published: without)
+    sample: int = 1024  # training records that k-means starts from
 
 
 @dataclass(frozen=True)
@@ -119,12 +150,14 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
+CODEBOOK_SIZES = ("code_dim", "width", "encoder_layers", "decoder_layers", "heads", "head_size", "mlp", "sample")
 # Of [train] only these decide a result; the number of devices and where programs are cached do not.
 IDENTITY_TRAIN = ("batch", "accumulate", "lanes", "steps_per_dispatch", "loader", "seed", "precision")
 
@@ -190,10 +223,14 @@ def identity(config: Config) -> tuple[dict[str, Any], str]:
     """The values that decide the result, flat (`"optim.lr": 0.001`), and the first 16 hex digits of their
     SHA-256.
 
-    A data folder counts by its last two components, name and version, so that data may move between disks.
-    What only concerns the machine (devices, caches, checkpoints, how often a line is logged) is left out.
+    A data folder counts by its last two components, name and version, so that data may move between disks; a codebook
+    by its folder's name. What only concerns the machine (devices, caches, checkpoints, how often a line is logged) is
+    left out, and the section of a codebook where none is trained.
     """
     tree = to_dict(config)
+    if config.objective.name != "codebook":
+        del tree["codebook"]
+    tree["objective"]["codebook"] = Path(config.objective.codebook).name
     tree["train"] = {key: tree["train"][key] for key in IDENTITY_TRAIN}
     tree["data"]["folders"] = ["/".join(Path(folder).parts[-2:]) for folder in config.data.folders]
     tree["data"]["exclude"] = Path(config.data.exclude).name if config.data.exclude else None
@@ -280,6 +317,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
 
 def _check_ranges(config: Config, where: str) -> None:
     d, m, o, r, t, c = config.data, config.model, config.optim, config.recipe, config.train, config.checkpoint
+    j, b = config.objective, config.codebook
     rules = [
         ("data.subset", d.subset, 0 < d.subset <= 1, "in (0, 1]"),
         ("data.subset_offset", d.subset_offset, 0 <= d.subset_offset < 1, "in [0, 1)"),
@@ -291,6 +329,13 @@ def _check_ranges(config: Config, where: str) -> None:
         ),
         ("model.crop", m.crop, 100 <= m.crop <= 1000, "between 100 and 1000 samples"),
         ("model.dropout", m.dropout, 0 <= m.dropout < 1, "in [0, 1)"),
+        ("model.slots", m.slots, m.slots >= 0, "0 (as many as can be) or more"),
+        ("objective.ratio", j.ratio, 0 < j.ratio < 1, "in (0, 1)"),
+        ("codebook.codes", b.codes, 2 <= b.codes <= 65535, "between 2 and 65535"),
+        *((f"codebook.{name}", getattr(b, name), getattr(b, name) >= 1, "1 or more") for name in CODEBOOK_SIZES),
+        ("codebook.decay", b.decay, 0 < b.decay < 1, "in (0, 1)"),
+        ("codebook.beta", b.beta, b.beta >= 0, "0 or more"),
+        ("codebook.refresh", b.refresh, 0 <= b.refresh < 1, "in [0, 1)"),
         ("optim.lr", o.lr, o.lr > 0, "above 0"),
         ("optim.weight_decay", o.weight_decay, o.weight_decay >= 0, "0 or more"),
         ("optim.b1", o.b1, 0 <= o.b1 < 1, "in [0, 1)"),
@@ -321,6 +366,8 @@ def _check_ranges(config: Config, where: str) -> None:
     for name, value, good, want in rules:
         if not good:
             raise UsageError(f"{where}: {name} = {value!r} must be {want}")
+    if j.name == "masked_codes" and not j.codebook:
+        raise UsageError(f"{where}: objective.codebook is empty; name the folder of an `ecg-jax codebook`")
     if t.batch % (t.lanes * t.accumulate):
         raise UsageError(
             f"{where}: train.batch = {t.batch} cannot be split into train.accumulate = {t.accumulate} micro-batches "

@@ -1,8 +1,8 @@
 """`ecg-jax demo`: the whole path on simulated ECG, on two CPU cores, in under five minutes.
 
-Two populations are simulated and converted; both families are trained on a grid of three sizes and three nested
-subsets, one cell of it three times; every encoder is probed on the shifted population; laws are fitted and the report
-written.
+Two populations are simulated and converted; a small codebook of heartbeats is trained, and all beats get their codes;
+both families are trained under both paradigms on a grid of three sizes and three nested subsets, one cell of it three
+times; every encoder is probed on the shifted population; laws are fitted and the report written.
 The work is shared between two processes, each with a core of its own. Nothing here knows how a stage works: it calls
 what the commands call. A second call on the same folder does only what is missing.
 
@@ -28,7 +28,8 @@ from ecg_jax.errors import EcgJaxError, UsageError
 BANNER = "demonstration, not a study"
 RUNGS = ("Rd1", "Rd2", "Rd3", "Td1", "Td2", "Td3")
 SHARES = {"first core": ("Rd3", "Td3", "Td1"), "second core": ("Rd2", "Rd1", "Td2")}  # about equal work
-STEPS = {"R": 900, "T": 1800}  # about equal time
+PARADIGMS = {"SL": "supervised", "SSL": "masked_codes"}
+STEPS = {("R", "SL"): 600, ("T", "SL"): 1200, ("R", "SSL"): 300, ("T", "SSL"): 400}  # about equal time
 RECORDS = (512, 2048, 8192)
 REPEATED = {"Rd2", "Td2"}, 2048, (1, 2)  # rungs, records and further seeds of the cell that is trained three times
 POPULATIONS = {
@@ -40,12 +41,33 @@ POPULATIONS = {
 LABELS = ["RBBB", "LBBB", "SB", "AF", "ST"]
 TRAINING = [
     "data.task=code",
+    "model.input=signal",
     "model.crop=500",
+    "model.slots=96",  # eight beats are as many as five seconds hold, but for a few tachycardias
     "model.random_crop=false",  # so that few records stay few, and their lack shows within minutes
+    "objective.masking=beat",
     "optim.lr=1e-2",
     "optim.warmup_steps=20",
     "recipe.kind=steps",
     "recipe.decay_fraction=0.6",
+    "recipe.eval_every=100",
+    "train.batch=32",
+]
+CODEBOOK = [
+    "objective.name=codebook",
+    "data.subset_records=2048",
+    "codebook.codes=64",
+    "codebook.code_dim=16",
+    "codebook.width=64",
+    "codebook.encoder_layers=1",
+    "codebook.decoder_layers=1",
+    "codebook.head_size=32",
+    "codebook.mlp=128",
+    "codebook.sample=64",
+    "optim.lr=2e-3",
+    "optim.warmup_steps=20",
+    "recipe.kind=steps",
+    "recipe.steps=200",
     "recipe.eval_every=100",
     "train.batch=32",
 ]
@@ -56,26 +78,28 @@ class Cell:
     """One run of the grid."""
 
     rung: str
+    paradigm: str  # of PARADIGMS
     records: int
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.rung}-D{self.records}-s{self.seed}"
+        return f"{self.rung}-{self.paradigm}-D{self.records}-s{self.seed}"
 
 
 def grid(rung: str, seed: int) -> list[Cell]:
-    """The rung's runs, the repeats of one cell included."""
-    cells = [Cell(rung, records, seed) for records in RECORDS]
-    rungs, records, more = REPEATED
-    return cells + [Cell(rung, records, seed + extra) for extra in more if rung in rungs]
+    """The rung's runs under both paradigms, the repeats of one cell included."""
+    rungs, repeated, more = REPEATED
+    sizes = [(records, seed) for records in RECORDS] + [(repeated, seed + n) for n in more if rung in rungs]
+    return [Cell(rung, paradigm, *size) for paradigm in PARADIGMS for size in sizes]
 
 
-def settings(cell: Cell, folder: Path) -> list[str]:
+def settings(cell: Cell, folder: Path, book: Path) -> list[str]:
     """What the run of `cell` overrides in the default configuration."""
     of_cell = [f"model.rung={cell.rung}", f"data.subset_records={cell.records}", f"train.seed={cell.seed}"]
     data = [f"data.folders={json.dumps([str(folder)])}", f"data.labels={json.dumps(LABELS)}"]
-    return [*TRAINING, *data, *of_cell, f"recipe.steps={STEPS[cell.rung[0]]}"]
+    learn = [f"objective.name={PARADIGMS[cell.paradigm]}", f"objective.codebook={json.dumps(str(book))}"]
+    return [*TRAINING, *data, *of_cell, *learn, f"recipe.steps={STEPS[cell.rung[0], cell.paradigm]}"]
 
 
 def demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
@@ -89,8 +113,9 @@ def demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     clock = _Clock()
     cells = [cell for rung in RUNGS for cell in grid(rung, seed)]
-    clock.say(f"{BANNER}: two simulated populations, two families of encoders, {len(cells)} runs")
+    clock.say(f"{BANNER}: two simulated populations, two architectures, two paradigms, {len(cells)} runs")
     _together({name: (_convert, (out, name, options, seed)) for name, options in POPULATIONS.items()}, clock)
+    _together({"codebook": (_codebook, (out, seed))}, clock)
     _together({name: (_study, (out, rungs, seed)) for name, rungs in SHARES.items()}, clock)
 
     from ecg_jax.scaling.fit import fit, result_lines
@@ -106,6 +131,7 @@ def demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
     places = {
         "shards": out / "data",
         "one ECG": out / "ecg.png",
+        "codes": out / "codes.png",
         "runs": out / "runs",
         "laws": out / "report" / "laws.json",
         "report": out / "report" / "report.html",
@@ -195,25 +221,44 @@ def _convert(out: Path, name: str, options: dict[str, str], seed: int, say: Call
         ecg_paper.draw(inspection.stored_record(out / "data" / name), out / "ecg.png")
 
 
+def _codebook(out: Path, seed: int, say: Callable[[str], None]) -> None:
+    from ecg_jax import codes_plot, config
+    from ecg_jax.tokenize import tokenize
+    from ecg_jax.training.loop import train
+
+    folder, book = out / "data" / "synthetic", out / "codebook"
+    own = [f"data.folders={json.dumps([str(folder)])}", f"train.seed={seed}"]
+    summary = train(config.override(config.Config(), [*CODEBOOK, *own]), book, quiet=True)
+    usage = summary["codes"]
+    say(f"codebook: {usage['used']} of {usage['codes']} codes used, perplexity {usage['perplexity']:.0f}")
+    (found,) = tokenize([folder], book, quiet=True)["data"]
+    say(f"codes of all beats beside the shards, {found['path']}")
+    codes_plot.draw(Path(found["path"]), out / "codes.png")
+
+
 def _study(out: Path, rungs: tuple[str, ...], seed: int, say: Callable[[str], None]) -> None:
     from ecg_jax import config
+    from ecg_jax.codebook import load
     from ecg_jax.evaluation.probe import probe_run
     from ecg_jax.shards import tables
     from ecg_jax.shards.catalog import Subset
+    from ecg_jax.shards.codes import expected_name
     from ecg_jax.training.loop import train
 
-    folder, shifted = out / "data" / "synthetic", out / "data" / "synthetic_ood"
-    labels = tuple(LABELS)
-    held = {split: tables.load([folder], split, "code", labels=labels) for split in ("val", "test")}
+    folder, shifted, book = out / "data" / "synthetic", out / "data" / "synthetic_ood", out / "codebook"
+    options = {"labels": tuple(LABELS), "codes": [expected_name(load(book).id, "robust")]}
+    held = {split: tables.load([folder], split, "code", **options) for split in ("val", "test")}
     other = {split: tables.load([shifted], split, "ood") for split in ("train", "val", "test")}
     cells = sorted((cell for rung in rungs for cell in grid(rung, seed)), key=lambda cell: cell.records)
     for records, same in itertools.groupby(cells, key=lambda cell: cell.records):  # one training table at a time
-        held["train"] = tables.load([folder], "train", "code", labels=labels, subset=Subset(records=records))
+        held["train"] = tables.load([folder], "train", "code", **options, subset=Subset(records=records))
         for cell in same:
             run = out / "runs" / cell.name
-            summary = train(config.override(config.Config(), settings(cell, folder)), run, tables=held, quiet=True)
+            summary = train(
+                config.override(config.Config(), settings(cell, folder, book)), run, tables=held, quiet=True
+            )
             loss, took = summary["losses"]["test"], summary["seconds"]["wall"]
-            what = f"{cell.rung} ({summary['n_params']:,} parameters) on {records:,} records"
+            what = f"{cell.paradigm} {cell.rung} ({summary['n_params']:,} parameters) on {records:,} records"
             say(f"{what}: test loss {loss:.4f} ({took:.0f} s)")
             if not (run / "probes" / "synthetic_ood-ood.json").exists():
                 probe_run(run, shifted, "ood", tables=other, bootstrap=200)

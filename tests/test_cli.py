@@ -9,10 +9,11 @@ import sys
 import pytest
 
 from ecg_jax import cli, errors
+from ecg_jax.commands import runs, study
 from ecg_jax.datasets import DATASETS
 
 STAGES = "convert inspect codebook tokenize train sweep probe embed fit demo doctor".split()
-LATER = ("codebook", "tokenize", "sweep", "embed")
+LATER = ("sweep", "embed")
 
 
 def run(*words, capsys):
@@ -63,7 +64,7 @@ def test_errors_become_one_line_and_their_code(error, code, capsys, monkeypatch)
     def fail(args):
         raise error
 
-    monkeypatch.setattr(cli, "_run_doctor", fail)
+    monkeypatch.setattr(study, "_run_doctor", fail)
     got, out, err = run("doctor", capsys=capsys)
     assert (got, out, err.count("\n")) == (code, "", 1)
     assert err.startswith("ecg-jax: error: ")
@@ -73,7 +74,7 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch):
     def fail(args):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "_run_doctor", fail)
+    monkeypatch.setattr(study, "_run_doctor", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["doctor"])
 
@@ -86,6 +87,11 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch):
         (("convert", "ptbxk", "--out", "x", "--source", "."), "did you mean 'ptbxl'"),
         (("convert", "synthetic", "--out", "x", "--option", "records"), "NAME=VALUE"),
         (("convert", "synthetic", "--out", "x", "--workers", "0"), "--workers"),
+        (("convert", "refresh", "--out", "x"), "--source"),
+        (("codebook", "--out", "x", "--import", "y", "a.b=1"), "--import takes only --out"),
+        (("codebook", "a.toml", "b.toml", "--out", "x"), "one CONFIG.toml"),
+        (("codebook", "--out", "x", "codebook.codes=1"), "between 2 and 65535"),
+        (("codebook", "--out", "x"), "data.folders is empty"),
         (("probe", "--features", "x.npz", "--data", "x", "--task", "y"), "--features is not there yet"),
     ],
 )
@@ -97,7 +103,7 @@ def test_usage_errors_name_the_argument(words, says, capsys):
 
 @pytest.mark.parametrize("words", [("a.b=1", "--run", "r"), ("--run", "r", "a.b=1")])
 def test_overrides_may_stand_before_and_after_the_options(words, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_run_train", lambda args: print(args.config, args.run_dir, args.overrides + args.rest))
+    monkeypatch.setattr(runs, "_run_train", lambda args: print(args.config, args.run_dir, args.overrides + args.rest))
     assert run("train", "c.toml", *words, capsys=capsys)[:2] == (0, "c.toml r ['a.b=1']\n")
     assert run("train", "c.toml", *words, "--nonsense", capsys=capsys)[0] == 2
 

@@ -11,8 +11,8 @@ def test_grid_is_three_sizes_by_three_subsets_and_one_repeated_cell_per_family()
     assert sorted(rung for share in demo.SHARES.values() for rung in share) == sorted(demo.RUNGS)
     for family in "RT":
         cells = [cell for rung in demo.RUNGS if rung[0] == family for cell in demo.grid(rung, 0)]
-        assert len({(c.rung, c.records) for c in cells}) == 9
-        assert len(cells) == 11 and len({c.name for c in cells}) == 11
+        assert len({(c.rung, c.paradigm, c.records) for c in cells}) == 18
+        assert len(cells) == 22 and len({c.name for c in cells}) == 22
 
 
 def test_rungs_span_two_to_sixty_thousand_parameters():
@@ -22,8 +22,10 @@ def test_rungs_span_two_to_sixty_thousand_parameters():
 
 
 def test_settings_are_a_valid_configuration(tmp_path):
-    cell = demo.Cell("Td2", 2048, 1)
-    resolved = config.override(config.Config(), demo.settings(cell, tmp_path))
+    cell = demo.Cell("Td2", "SSL", 2048, 1)
+    resolved = config.override(config.Config(), demo.settings(cell, tmp_path, tmp_path / "book"))
+    assert resolved.objective.name == "masked_codes" and resolved.objective.codebook == str(tmp_path / "book")
+    config.override(config.Config(), demo.CODEBOOK)
     assert (resolved.model.crop, resolved.model.rung, resolved.train.seed) == (500, "Td2", 1)
     assert resolved.data.folders == (str(tmp_path),) and resolved.data.labels == tuple(demo.LABELS)
 

@@ -99,10 +99,10 @@ class Ours:
         host = records(crop, max(args.records, batch), lanes)
         self.sample = {name: rows[:, : batch // lanes].reshape(batch, *rows.shape[2:]) for name, rows in host.items()}
         self.rows = jax.device_put(host, mesh_lib.lanes_first(self.mesh))
-        programs = step.build(self.objective, LABELS, self.mesh, batch, lanes, scan, args.accumulate)
+        programs = step.build(self.objective, self.mesh, batch, lanes, scan, args.accumulate)
         everywhere = mesh_lib.replicated(self.mesh)
-        prior = np.full(LABELS, 0.5, np.float32)
-        self.state = programs.init(*jax.device_put((np.uint32(0), prior), everywhere))
+        start = {"prior": np.full(LABELS, 0.5, np.float32)}
+        self.state = programs.init(*jax.device_put((np.uint32(0), start), everywhere))
         self.start = jax.tree.map(np.asarray, self.state.params)
         self.constants = jax.device_put((optim.hyper(OPTIM), np.uint32(0)), everywhere)
         inputs, rates = self.inputs()
@@ -161,12 +161,12 @@ def beside(args: argparse.Namespace, ours: Ours, config: Config) -> tuple[Any, s
     """The same network in PyTorch, proven to be the same, and what PyTorch runs on. Exits where it is not."""
     import torch_nets
 
-    crop = ours.objective.crop
+    crop = ours.objective.front.crop
     if config.padded(crop) != crop:
         sys.exit(f"--crop {crop} is no multiple of the {config.frame} samples of a frame: give one beside torch")
     about = torch_nets.setup(os.cpu_count() or 1, tf32=False)
     given = {name: jnp.asarray(ours.sample[name]) for name in ("signal", "valid")}
-    x, _, gain = to_input(given["signal"], given["valid"], scale=ours.objective.scale, crop=crop)
+    x, _, gain = to_input(given["signal"], given["valid"], scale=ours.objective.front.scale, crop=crop)
     batch = np.asarray(x), np.asarray(gain), ours.sample["labels"]
     planar = {"auto": None, "on": True, "off": False}[args.channels_last]
     bf16 = args.precision == "bf16"

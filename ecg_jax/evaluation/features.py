@@ -50,9 +50,8 @@ def untrained(encoder: Encoder, seed: int = 0) -> Encoder:
 
     Randomness: `seed` only.
     """
-    objective = _objective(encoder)
-    params = objective.init(jax.random.key(seed), np.full(1, 0.5, np.float32))
-    params = {name: tree for name, tree in params.items() if name != "head"}
+    key = jax.random.split(jax.random.key(seed))[0]  # the other half is a head's
+    params = {"encoder": _front(encoder).init(key)}
     return replace(encoder, params=params, digest=_digest(encoder.config, params, encoder.info))
 
 
@@ -98,15 +97,17 @@ def check_unit(encoder: Encoder, table: Any) -> None:
 
 
 def data_hash(table: Any) -> str:
-    """Hash of the records, in their order: ids, samples, observed span, unit and leads; no label."""
+    """Hash of the records, in their order: ids, samples, observed span, R peaks, unit and leads; no label."""
     digest = hashlib.sha256(repr((table.unit, tuple(table.leads), table.signal.shape)).encode())
-    for part in (table.record_hash, table.valid, table.signal):
+    peaks = [] if table.rpeaks is None else [table.rpeaks]
+    for part in (table.record_hash, table.valid, table.signal, *peaks):
         digest.update(np.ascontiguousarray(part).view(np.uint8).data)
     return digest.hexdigest()
 
 
 def _digest(config: Any, params: Any, info: dict[str, Any]) -> str:
-    digest = hashlib.sha256(repr((config, info["scale"], info["crop"])).encode())
+    seen = config, info["scale"], info["crop"], info.get("beats", "robust"), info.get("slots", 0)
+    digest = hashlib.sha256(repr(seen).encode())
     for path, leaf in sorted((jax.tree_util.keystr(p), v) for p, v in jax.tree_util.tree_leaves_with_path(params)):
         array = np.ascontiguousarray(leaf)
         digest.update(f"{path}{array.dtype}{array.shape}".encode())
@@ -114,27 +115,44 @@ def _digest(config: Any, params: Any, info: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _objective(encoder: Encoder):
-    from ecg_jax.objectives import supervised
+def _front(encoder: Encoder) -> Any:
+    from ecg_jax.objectives import front
 
-    # One label: the features do not pass through the head.
-    return supervised.make(encoder.config, 1, scale=encoder.info["scale"], crop=encoder.info["crop"], dtype="float32")
+    info = encoder.info
+    beats = {"mode": info.get("beats", "robust"), "slots": info.get("slots", 0)}
+    return front.make(encoder.config, scale=info["scale"], crop=info["crop"], dtype="float32", **beats)
 
 
 @lru_cache(maxsize=32)
-def _forward(objective):
-    return jax.jit(objective.features)
+def _forward(front):
+    return jax.jit(front.features)
+
+
+def peaks(table: Any, mode: str) -> np.ndarray:
+    """R peaks int16 [n, 50] of the beats that an encoder of this `mode` sees, -1 beyond the last: those of the shards,
+    or what HeartLang's detector finds on lead I of the stored signal.
+    """
+    if mode == "robust":
+        return table.rpeaks
+    from ecg_jax.records import xqrs
+    from ecg_jax.shards.peaks import fitted
+
+    return fitted(xqrs.peaks(table.signal, table.valid))
 
 
 def _compute(encoder: Encoder, table: Any, split: str, batch: int) -> np.ndarray:
     n = len(table.record_ids)
     if not n:
         raise DataError(f"no record in the {split} split: nothing to probe")
-    forward, params = _forward(_objective(encoder)), jax.device_put(encoder.params)
+    front = _front(encoder)
+    forward, params = _forward(front), jax.device_put(encoder.params)
+    held = {"signal": table.signal, "valid": table.valid}
+    if front.on_beats:
+        held["rpeaks"] = peaks(table, front.mode)
     done, pending = [], None
     for start in progress.track(range(0, n, batch), f"features of {split}", unit="batches"):
         rows = np.minimum(np.arange(start, start + batch), n - 1)  # one shape, so one compile
-        dispatched = forward(params, {"signal": table.signal[rows], "valid": table.valid[rows]})
+        dispatched = forward(params, {name: values[rows] for name, values in held.items()})
         if pending is not None:
             done.append(np.asarray(pending, np.float32))  # read the step before, while this one runs
         pending = dispatched

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ecg_jax.evaluation import bootstrap, evalog, metrics, tasks
+from ecg_jax.evaluation import bootstrap, metrics, tasks
 
 LOGGED = ("bce", "auroc", "ap", "f1")  # rows of the eval log; the report has every metric
 
@@ -70,7 +70,7 @@ class ScoredSet:
         return {"value": float(point), "ci_low": _number(low), "ci_high": _number(high)}
 
     def rows(self, result: dict[str, Any], common: dict[str, Any]) -> list[dict[str, Any]]:
-        """Rows of the eval log for one entry of `report`'s results."""
+        """Rows of the eval log, for `evalog.append` to complete, for one entry of `report`'s results."""
         entries = [(name, e, e["domain"]) for name, e in result["labels"].items()]
         entries += [("macro", e, domain) for domain, e in result["macro"].items()]
         rows = []
@@ -80,7 +80,7 @@ class ScoredSet:
                 own = {"label": label, "domain": domain, "metric": metric, "n_examples": entry["n_examples"]}
                 if metric == "bce":
                     own |= {"floor": entry["floor"], "prior": entry["prior"]}
-                rows.append(evalog.row(**common | own | value))
+                rows.append(common | own | value)
         return rows
 
     def left_out(self) -> dict[str, str]:

@@ -7,15 +7,15 @@ of names, shapes and starting values. Heads belong to objectives.
 
 import functools
 import importlib
-import math
 from types import ModuleType
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ecg_jax.models import layers
 from ecg_jax.models.ladder import Config
-from ecg_jax.models.layers import Parameter, unit_normal
+from ecg_jax.models.layers import Parameter
 
 ENCODERS = {"resnet1d": "ResNet1d", "transformer": "Transformer", "legacy": "Legacy"}  # module -> class
 
@@ -43,17 +43,6 @@ def statistics(config: Config) -> dict[str, Parameter]:
 def init(config: Config, key: jax.Array) -> dict[str, jax.Array]:
     """Starting parameters {name: float32 array}, as `module.init(...)["params"]` but from a single random draw.
 
-    One draw for all leaves compiles in a fraction of the time of one draw per leaf (a ResNet has twenty).
     Traceable; equal keys give equal parameters, other values than `module.init` with that key.
     """
-    table = parameters(config)
-    drawn = {name: math.prod(one.shape) for name, one in table.items() if one.start == "normal"}
-    noise = unit_normal(key, (sum(drawn.values()),))
-    values, at = {}, 0
-    for name, one in table.items():
-        if one.start == "normal":
-            values[name] = one.std * noise[at : at + drawn[name]].reshape(one.shape)
-            at += drawn[name]
-        else:
-            values[name] = jnp.full(one.shape, float(one.start == "ones"), jnp.float32)
-    return values
+    return layers.start({"": parameters(config)}, key)[""]

@@ -64,10 +64,13 @@ def training_flops(config: Config, length: int = 1000) -> int:
 
 
 def macs(config: Config, length: int = 1000) -> int:
-    """Multiply-adds of one forward pass over one record (what fvcore prints as FLOPs)."""
+    """Multiply-adds of one forward pass over one record (what fvcore prints as FLOPs); on the beats input `length` is
+    the number of tokens, padding included.
+    """
     if isinstance(config, ResNet1dConfig):
         return _resnet(config, config.padded(length))
-    return transformer_macs(config, config.lead_groups * config.padded(length) // config.patch)
+    beats = config.input == "beats"
+    return transformer_macs(config, length if beats else config.lead_groups * config.padded(length) // config.patch)
 
 
 def _resnet(config: ResNet1dConfig, length: int) -> int:

@@ -9,9 +9,11 @@ import dataclasses
 
 from ecg_jax.errors import UsageError, did_you_mean
 from ecg_jax.models.attention import IMPLS as ATTENTIONS
+from ecg_jax.records.windows import WINDOW
 
 NORMS = ("group", "batch")
 REMATS = ("none", "dots", "block")
+WORLDS = ("auto", "signal", "beats")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class ResNet1dConfig:
     norm: str = "group"  # "batch" takes its statistics from the global batch
     dropout: float = 0.0
     conv: str = "auto"  # formulation of every convolution, see layers.conv1d
+    input: str = "signal"  # see `for_input`
     family = "resnet1d"
 
     def __post_init__(self):
@@ -71,6 +74,7 @@ class TransformerConfig:
     scan: bool | None = None  # layers in lax.scan; None: on, except for at most 8 layers on CPU
     attention: str = "auto"  # formulation, see attention.attention
     remat: str = "none"  # kept for the gradient: all ("none"), weight products ("dots"), a layer's input ("block")
+    input: str = "signal"  # see `for_input`
     family = "transformer"
 
     def __post_init__(self):
@@ -157,6 +161,26 @@ def get(name: str, **overrides: object) -> Config:
         if key not in fields:
             raise UsageError(f"rung {name} has no field {key!r}{did_you_mean(key, fields)}")
     return dataclasses.replace(config, **overrides)
+
+
+def for_input(config: Config, world: str) -> Config:
+    """The same rung for another input: "signal" (raw leads, or patches of them) or "beats" (a sequence of beat tokens,
+    one for each lead and beat, `WINDOW` samples long).
+
+    On beats a ResNet runs along the tokens, without strides, and its leads are the samples of a token; a Transformer's
+    tokens are single beats of single leads, so T1..T12 keep their counts. "auto" is signal for ResNets and beats for
+    Transformers. Raises UsageError for any other.
+    """
+    if world not in WORLDS:
+        raise UsageError(f"unknown input {world!r}{did_you_mean(world, WORLDS)}; known: {', '.join(WORLDS)}")
+    resnet = isinstance(config, ResNet1dConfig)
+    if world == "auto":
+        world = "signal" if resnet else "beats"
+    if world == "signal":
+        return config
+    if resnet:
+        return dataclasses.replace(config, leads=WINDOW, strides=(1,) * len(config.strides), input=world)
+    return dataclasses.replace(config, patch=WINDOW, leads_per_token=1, input=world)
 
 
 def count(config: Config) -> int:

@@ -78,7 +78,10 @@ class ResNet1d(nn.Module):
 
     x float [B, T, leads], zero outside `valid` ((start, length) in samples, int [B, 2]); T is zero-padded to
     whole frames here if it is not yet. `keys` [B] typed keys, needed for dropout only. With norm "batch" and
-    train=True pass mutable=["batch_stats"].
+    train=True pass mutable=["batch_stats"]. With `stages` a third result: every stage's output as (frames float32
+    [B, T / stride, width], stride), the last of which is the first result.
+
+    On the beats input x is [B, tokens, samples of a token] and positions are tokens.
     """
 
     config: ResNet1dConfig
@@ -86,8 +89,13 @@ class ResNet1d(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, valid: jax.Array, train: bool = False, keys: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+        self,
+        x: jax.Array,
+        valid: jax.Array,
+        train: bool = False,
+        keys: jax.Array | None = None,
+        stages: bool = False,
+    ) -> tuple[jax.Array, ...]:
         config = self.config
         p = {name: self.param(name, one.init, one.shape) for name, one in parameters(config).items()}
         length = config.padded(x.shape[1])
@@ -106,6 +114,7 @@ class ResNet1d(nn.Module):
             return self._batch_norm(x, weight, scale, bias, name, train)
 
         x = y = _mask(norm(conv(x, "stem"), "stem_norm"), weight)
+        found = []
         for number, (name, width, stride) in enumerate(_units(config)):
             x = nn.relu(norm(conv(x, f"{name}_conv1"), f"{name}_norm1"))
             x = layers.dropout(_mask(x, weight), config.dropout, keys, 2 * number)
@@ -118,7 +127,12 @@ class ResNet1d(nn.Module):
             y = x + y
             x = nn.relu(norm(y, f"{name}_norm2"))
             x = layers.dropout(_mask(x, weight), config.dropout, keys, 2 * number + 1)
-        return x.astype(jnp.float32), weight
+            found.append((x, size))
+        last = x.astype(jnp.float32)
+        if stages:  # the output of a stage is that of its last unit
+            ends = found[config.units - 1 :: config.units]
+            return last, weight, tuple((frames.astype(jnp.float32), size) for frames, size in ends)
+        return last, weight
 
     def _batch_norm(self, x, weight, scale_C, bias_C, name, train):
         mean_name, var_name = running_names(name)

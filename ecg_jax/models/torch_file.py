@@ -40,13 +40,15 @@ DTYPES = {
     "BoolStorage": "?",
 }
 STATES = ("model", "state_dict", "model_state_dict")  # where a checkpoint keeps the weights
-# Numbers of NumPy beside the weights (a best loss): let through unread, as None.
+# What lies beside the weights: numbers of NumPy (a best loss, a learning rate) that the pickle calls for, and the
+# command line of the training script, an object that it makes. Let through unread, as None; nothing is called or made.
 IGNORED = {
     "numpy dtype",
     "numpy.core.multiarray scalar",
     "numpy._core.multiarray scalar",
     "_codecs encode",
 }
+IGNORED_OBJECTS = {"argparse Namespace"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +273,10 @@ class _Machine:
             case "REDUCE":
                 args = pop()
                 push(_call(pop(), args))
-            case "BUILD":  # the attributes of a state dict (`_metadata`): not needed
+            case "NEWOBJ":
+                args = pop()
+                push(_new(pop(), args))
+            case "BUILD":  # the attributes of a state dict (`_metadata`) or of a command line: not needed
                 pop()
             case _:
                 raise _BadPickle(f"opcode {name} in its pickle is none that torch writes")
@@ -320,3 +325,10 @@ def _call(called: Any, args: Any) -> Any:
             raise _BadPickle("a tensor of impossible shape")
         return Tensor(storage, offset, tuple(shape), tuple(strides))
     raise _BadPickle(f"it asks for {short(called.name)}, which no weights need: not read")
+
+
+def _new(kind: Any, args: Any) -> None:
+    """An object that the pickle makes of a class, if it is one that weights may have beside them."""
+    if not isinstance(kind, _Name) or kind.name not in IGNORED_OBJECTS or args != ():
+        named = kind.name if isinstance(kind, _Name) else "something that has no name"
+        raise _BadPickle(f"it makes an object of {short(named)}, which no weights need: not read")

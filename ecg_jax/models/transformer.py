@@ -76,6 +76,9 @@ class Transformer(nn.Module):
     whole patches here if it is not yet. `keys` [B] typed keys, needed for dropout only. `masked` bool [B, N]:
     tokens whose content is replaced by the mask vector before lead and time are added. `with_cls` returns cls
     as frame 0, of weight 0.
+
+    On the beats input x is the tokens themselves, [B, N, samples of a token], and `place` their rows in the lead and
+    in the time table, int [B, N] each, 0 for padding; `valid` is then bool [B, N], which tokens there are.
     """
 
     config: TransformerConfig
@@ -90,28 +93,36 @@ class Transformer(nn.Module):
         keys: jax.Array | None = None,
         masked: jax.Array | None = None,
         with_cls: bool = False,
+        place: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         config, d = self.config, self.config.width
-        patches = config.padded(x.shape[1]) // config.patch
-        if patches > config.times:
-            raise UsageError(
-                f"{x.shape[1]} samples make {patches} patches of {config.patch}, the time table holds "
-                f"{config.times}: use a shorter crop or a longer patch"
-            )
         p = {name: self.param(name, one.init, one.shape) for name, one in parameters(config).items()}
 
         def cast(name):
             return p[name].astype(self.dtype)
 
-        x_BxNxK = _to_patches(x, patches, config).astype(self.dtype)
-        h = x_BxNxK @ cast("patch_kernel") + cast("patch_bias")
+        if place is None:
+            patches = config.padded(x.shape[1]) // config.patch
+            if patches > config.times:
+                raise UsageError(
+                    f"{x.shape[1]} samples make {patches} patches of {config.patch}, the time table holds "
+                    f"{config.times}: use a shorter crop or a longer patch"
+                )
+            x = _to_patches(x, patches, config)
+            place_NxD = (cast("lead_table")[1:, None] + cast("time_table")[None, 1 : patches + 1]).reshape(-1, d)
+            weight_BxN = jnp.tile(layers.position_weight(valid, patches, config.patch), (1, config.lead_groups))
+        else:
+            # Products with ones and zeros: the gradient of a lookup is a scatter, which is slow on CPU and in no fixed
+            # order on GPU.
+            which = zip(place, ("lead_table", "time_table"), strict=True)
+            place_NxD = sum(jax.nn.one_hot(rows, len(p[name]), dtype=self.dtype) @ cast(name) for rows, name in which)
+            weight_BxN = valid.astype(jnp.float32)
+        h = x.astype(self.dtype) @ cast("patch_kernel") + cast("patch_bias")
         if masked is not None:
             h = jnp.where(masked[:, :, None], cast("mask_vector"), h)
-        place_NxD = (cast("lead_table")[1:, None] + cast("time_table")[None, 1 : patches + 1]).reshape(-1, d)
         cls_Bx1xD = jnp.broadcast_to(cast("cls"), (h.shape[0], 1, d))
         h = jnp.concatenate([cls_Bx1xD, h + place_NxD], axis=1)
 
-        weight_BxN = jnp.tile(layers.position_weight(valid, patches, config.patch), (1, config.lead_groups))
         seen_BxS = jnp.pad(weight_BxN > 0, ((0, 0), (1, 0)), constant_values=True)  # cls is always seen
         stack = {name.removeprefix("layers_"): p[name] for name in p if name.startswith("layers_")}
         h = run_layers(h, stack, seen_BxS, config, keys if train else None)

@@ -11,18 +11,16 @@ import dataclasses
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ecg_jax import models
-from ecg_jax.errors import UsageError, did_you_mean
 from ecg_jax.models import layers
-from ecg_jax.models.inputs import SCALES, to_input
 from ecg_jax.models.ladder import Config
+from ecg_jax.objectives import front as front_lib
+from ecg_jax.objectives.front import Front
 
 Params = dict[str, Any]
-DTYPES = ("auto", "float32", "bfloat16")
 HEAD_GAIN = 0.01  # variance of the head's start relative to 1 / inputs: first losses within a percent of the prior's
 PRIOR_EDGE = 1e-4  # a label never (or always) positive in training still starts at a finite logit
 UNKNOWN = -1
@@ -32,32 +30,45 @@ UNKNOWN = -1
 class Objective:
     """Supervised objective; make it with `make`. Hashable by its arguments, so usable as a static argument of `jit`."""
 
-    arch: Config
+    front: Front
     n_labels: int
-    scale: str
-    crop: int
-    dtype: str
-    random_crop: bool = True
 
     @property
-    def module(self) -> nn.Module:
-        return models.build(self.arch, jnp.dtype(self.dtype))
+    def arch(self) -> Config:
+        return self.front.arch
 
-    def init(self, key: jax.Array, prior_K: jax.Array) -> Params:
-        """{"encoder": {...}, "head": {"kernel", "bias"}}, float32; head bias at the logit of `prior_K`.
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields of the table that a batch must hold."""
+        return (*self.front.fields, "labels")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns of `sums`: the labels, by number."""
+        return tuple(map(str, range(self.n_labels)))
+
+    @property
+    def start(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `init` wants to know of the data: the prevalence of each label."""
+        return {"prior": jax.ShapeDtypeStruct((self.n_labels,), jnp.float32)}
+
+    def at_width(self, width: int) -> "Objective":
+        """The same at another width of the network."""
+        return dataclasses.replace(self, front=self.front.at_width(width))
+
+    def init(self, key: jax.Array, start: dict[str, jax.Array]) -> Params:
+        """{"encoder": {...}, "head": {"kernel", "bias"}}, float32; head bias at the logit of `start["prior"]` [K].
 
         With BatchNorm the encoder also holds its running statistics ("..._running_mean", "..._running_var"),
-        which get gradient zero and are renewed by `absorb`. `key` a typed PRNG key; `prior_K` prevalence of
+        which get gradient zero and are renewed by `absorb`. `key` a typed PRNG key; `prior` prevalence of
         each label among known ones of the training split (traced is fine).
         """
         encoder_key, head_key = jax.random.split(key)
-        prior_K = jnp.clip(jnp.asarray(prior_K, jnp.float32), PRIOR_EDGE, 1 - PRIOR_EDGE)
+        prior_K = jnp.clip(jnp.asarray(start["prior"], jnp.float32), PRIOR_EDGE, 1 - PRIOR_EDGE)
         head = layers.matrix((self.arch.features + 1, self.n_labels), self.arch.features + 1, HEAD_GAIN)
-        encoder = models.init(self.arch, encoder_key)
-        for name, one in models.statistics(self.arch).items():
-            encoder[name] = one.init(encoder_key, one.shape)
         bias_K = jnp.log(prior_K) - jnp.log1p(-prior_K)
-        return {"encoder": encoder, "head": {"kernel": head.init(head_key, head.shape), "bias": bias_K}}
+        kernel = head.init(head_key, head.shape)
+        return {"encoder": self.front.init(encoder_key), "head": {"kernel": kernel, "bias": bias_K}}
 
     def loss(
         self, params: Params, batch: dict[str, jax.Array], keys: jax.Array | None = None
@@ -69,14 +80,19 @@ class Objective:
         and, with BatchNorm, "stats": hand it to `absorb`.
         """
         keys = batch.get("key") if keys is None else keys
-        features_BxF, stats = self._encode(params, batch, keys, train=True)
-        logits_BxK = self._head(params, features_BxF)
+        crop_keys = drop_keys = None
+        if keys is not None:
+            both = jax.vmap(jax.random.split)(keys)
+            crop_keys, drop_keys = both[:, 0], both[:, 1]
+        view = self.front.view(batch, crop_keys)
+        encoded = self.front.encode(params["encoder"], view, train=True, keys=drop_keys)
+        logits_BxK = self._head(params, self.front.pooled(encoded, view))
         labels_BxK = batch["labels"]
         known_BxK = labels_BxK != UNKNOWN
         loss = (bce(logits_BxK, labels_BxK) * known_BxK).sum() / jnp.maximum(known_BxK.sum(), 1)
         aux: dict[str, Any] = {"known": known_BxK.mean(dtype=jnp.float32)}
-        if stats:
-            aux["stats"] = stats
+        if encoded.stats:
+            aux["stats"] = encoded.stats
         return loss, aux
 
     def absorb(self, params: Params, aux: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
@@ -93,46 +109,19 @@ class Objective:
         """`bce_sums` of this batch, as in evaluation: (sum of BCE [K], known labels [K])."""
         return bce_sums(self.logits(params, batch), batch["labels"], weight_B)
 
+    def mean(self, sums_2xK: np.ndarray) -> float:
+        """Mean BCE over the labels that occur, nats (NaN without any), from the sums of `sums`."""
+        total, known = np.asarray(sums_2xK, np.float64)
+        seen = known > 0
+        return float(np.mean(total[seen] / known[seen])) if seen.any() else float("nan")
+
     def logits(self, params: Params, batch: dict[str, jax.Array]) -> jax.Array:
         """[B, K] float32, centre crop, no dropout."""
         return self._head(params, self.features(params, batch))
 
     def features(self, params: Params, batch: dict[str, jax.Array]) -> jax.Array:
-        """[B, D + 1] float32: pooled frames, then the log gain (0 unless scale is "gain"). Needs no head."""
-        return self._encode(params, batch, None, train=False)[0]
-
-    def _encode(self, params, batch, keys_B, train):
-        crop_keys = drop_keys = None
-        if train and keys_B is not None:
-            both = jax.vmap(jax.random.split)(keys_B)
-            crop_keys, drop_keys = both[:, 0] if self.random_crop else None, both[:, 1]
-        x, valid, log_gain_B = to_input(
-            batch["signal"],
-            batch["valid"],
-            scale=self.scale,
-            crop=self.crop,
-            keys=crop_keys,
-            length=self.arch.padded(self.crop),
-        )
-        running = models.statistics(self.arch)
-        variables = {"params": {n: v for n, v in params["encoder"].items() if n not in running}}
-        stats = {n: jax.lax.stop_gradient(params["encoder"][n]) for n in running}
-        if running and train:
-            (frames, weight), new = self.module.apply(
-                variables | {"batch_stats": stats},
-                x,
-                valid,
-                train=True,
-                keys=drop_keys,
-                mutable=["batch_stats"],
-            )
-            stats = jax.lax.stop_gradient(new["batch_stats"])
-        else:
-            if running:
-                variables["batch_stats"] = stats
-            frames, weight = self.module.apply(variables, x, valid, train=train, keys=drop_keys)
-        pooled_BxD = layers.pool(frames, weight)
-        return jnp.concatenate([pooled_BxD, log_gain_B[:, None]], axis=1), stats
+        """[B, D + 1] float32, see `Front.features`. Needs no head."""
+        return self.front.features(params, batch)
 
     def _head(self, params, features_BxF):
         # Logits stay float32 in earnest, also where the default precision of products is lower.
@@ -140,37 +129,17 @@ class Objective:
         return jnp.dot(features_BxF, head["kernel"], precision="highest") + head["bias"]
 
 
-def make(
-    arch_config: Config,
-    n_labels: int,
-    *,
-    scale: str = "gain",
-    crop: int = 1000,
-    dtype: Any = "auto",
-    random_crop: bool = True,
-) -> Objective:
-    """The objective of these arguments, one and the same object for equal ones.
+def make(arch_config: Config, n_labels: int, **front: Any) -> Objective:
+    """The objective of these arguments, one and the same object for equal ones. `front`: arguments of `front.make`.
 
-    `dtype` is that of the encoder's arithmetic, by name or as a type: "auto" is bfloat16 on accelerators and float32 on
-    CPU; parameters, statistics, softmax, logits and loss are float32 always. Without `random_crop`, training crops are
-    centred as in evaluation. Raises UsageError for unknown choices.
+    Raises UsageError for unknown choices.
     """
-    if not isinstance(dtype, str):
-        dtype = jnp.dtype(dtype).name
-    if dtype not in DTYPES:
-        raise UsageError(f"unknown precision {dtype!r}{did_you_mean(dtype, DTYPES)}; known: {', '.join(DTYPES)}")
-    if scale not in SCALES:
-        raise UsageError(f"unknown scale {scale!r}{did_you_mean(scale, SCALES)}; known: {', '.join(SCALES)}")
-    if crop < arch_config.frame:
-        raise UsageError(f"crop of {crop} samples is shorter than one frame of {arch_config.frame}")
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return _make(arch_config, n_labels, scale, crop, dtype, random_crop)
+    return _make(front_lib.make(arch_config, **front), n_labels)
 
 
 @functools.cache
-def _make(arch: Config, n_labels: int, scale: str, crop: int, dtype: str, random_crop: bool) -> Objective:
-    return Objective(arch, n_labels, scale, crop, dtype, random_crop)
+def _make(front: Front, n_labels: int) -> Objective:
+    return Objective(front, n_labels)
 
 
 def bce(logits: jax.Array, labels: jax.Array) -> jax.Array:

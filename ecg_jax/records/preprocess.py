@@ -66,10 +66,12 @@ def prepare_many(
     chain: Chain = CHAINS["default"],
     windows: Literal["all", "first"] = "all",
     missing_leads: Literal["refuse", "zero"] = "refuse",
+    leads: Literal["12", "8"] = "12",
 ) -> list[list[Prepared | Refused] | Refused]:
     """Prepare `records`; entry i is the list of windows of record i, or why it is refused. Never raises for a
     record. A bad window of a long record is a Refused within the list, whose detail begins with "<id>#<k>: "; if
-    every window is bad, so is the record.
+    every window is bad, so is the record. `leads`: how many will be stored; the R peaks are found in what a reader
+    of the shards will have.
 
     Up to 10 s is centre-padded, 10 to 15 s centre-cropped; from 15 s on it is cut into windows of 10 s with
     ids "<id>#0", "<id>#1", ... (a rest of 5 s or more becomes a padded one), of which `windows="first"` keeps
@@ -91,7 +93,7 @@ def prepare_many(
         for first in range(0, len(spans), size):
             batch = spans[first : first + size]
             found = _windows(batch, rate, chain, windows)
-            done = iter(_finish([w for cuts in found for w in cuts if isinstance(w, _Window)]))
+            done = iter(_finish([w for cuts in found for w in cuts if isinstance(w, _Window)], leads))
             for span, cuts in zip(batch, found, strict=True):
                 results[span.index] = _outcome(span.record, cuts, done)
     return results
@@ -195,20 +197,20 @@ def _cuts(length: int, windows: str) -> list[tuple[int | None, int, int]]:
     return cuts[:1] if windows == "first" else cuts
 
 
-def _finish(windows: list[_Window]) -> Iterator[Prepared]:
+def _finish(windows: list[_Window], leads: str) -> Iterator[Prepared]:
     """`windows` as they are stored, in their order."""
     lengths: dict[int, list[_Window]] = defaultdict(list)
     for window in windows:
         lengths[window.y.shape[1]].append(window)
     size = BATCH // (LENGTH * len(LEADS))
     done = {
-        n: iter([p for first in range(0, len(same), size) for p in _stored(same[first : first + size])])
+        n: iter([p for first in range(0, len(same), size) for p in _stored(same[first : first + size], leads)])
         for n, same in lengths.items()
     }
     return (next(done[window.y.shape[1]]) for window in windows)
 
 
-def _stored(windows: list[_Window]) -> list[Prepared]:
+def _stored(windows: list[_Window], leads: str) -> list[Prepared]:
     """`windows` of equal length."""
     y = np.stack([window.y for window in windows])
     n = y.shape[2]
@@ -224,8 +226,9 @@ def _stored(windows: list[_Window]) -> list[Prepared]:
     x = y.astype(np.float32)
     stored = np.zeros((len(windows), LENGTH, len(LEADS)), np.int16)
     stored[:, start : start + n] = x.transpose(0, 2, 1)
+    eight = beats.eight_leads(x) * np.float32(LSB) if leads == "8" else None
     x *= np.float32(LSB)
-    peaks = beats.detect(x, RATE)
+    peaks = beats.detect(x if eight is None else eight)
     in_mv = [window.span.record.unit == "mV" for window in windows]
     bits, amplitude = audit.judge(x, in_mv, [window.repaired for window in windows])
     for b in clipped:

@@ -126,7 +126,8 @@ def _descend(path: Path) -> Path:
 
 
 def _below(path: Path, name: str) -> Iterable[Path]:
-    return [*path.glob(f"*/{name}"), *path.glob(f"*/*/{name}")]
+    # Not those inside a data folder: its codes have a card of their own.
+    return [p for p in [*path.glob(f"*/{name}"), *path.glob(f"*/*/{name}")] if not (p.parent.parent / CARD).is_file()]
 
 
 # ------------------------------------------------------------------------------------------------ the subsets

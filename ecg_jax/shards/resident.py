@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ecg_jax.errors import DataError, UsageError
+from ecg_jax.records.windows import NO_CODE
 from ecg_jax.shards.grouping import LANES
 from ecg_jax.shards.tables import Table
 
@@ -102,21 +103,34 @@ class Order:
         return index.astype(np.int32), epoch.astype(np.int32)
 
 
+FIELDS = ("signal", "labels", "valid")  # what supervised training wants of a table
+FILL = {"signal": 0, "labels": -1, "valid": 0, "rpeaks": -1, "codes": NO_CODE}  # of the places beyond `counts`
+
+
 class Lanes(NamedTuple):
-    """A table laid out by lane, zero beyond `counts`: signal int16 [8, capacity, 1000, L], labels int8 [8,
-    capacity, K] (-1 beyond), valid int32 [8, capacity, 2], record_hash uint64 [8, capacity], counts int32
-    [8]."""
+    """A table laid out by lane: counts int32 [8], record_hash uint64 [8, capacity], and of the rest what was asked
+    for: signal int16 [8, capacity, 1000, L], labels int8 [8, capacity, K], valid int32 [8, capacity, 2], rpeaks
+    int16 [8, capacity, 50], codes uint16 [8, capacity, 256]. Beyond `counts` stands FILL, a hash of 0."""
 
-    signal: np.ndarray
-    labels: np.ndarray
-    valid: np.ndarray
-    record_hash: np.ndarray
     counts: np.ndarray
+    record_hash: np.ndarray
+    signal: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    valid: np.ndarray | None = None
+    rpeaks: np.ndarray | None = None
+    codes: np.ndarray | None = None
 
 
-def lane_layout(table: Table, capacity: int | None = None) -> Lanes:
-    """`table` by lane, in table order inside a lane. `capacity` (default: the whole split's, so that every
-    subset has the same shapes and needs no new compilation) must hold the fullest lane."""
+def lane_layout(table: Table, capacity: int | None = None, fields: Sequence[str] = FIELDS) -> Lanes:
+    """The `fields` of `table` by lane, in table order inside a lane. `capacity` (default: the whole split's, so that
+    every subset has the same shapes and needs no new compilation) must hold the fullest lane.
+
+    Raises UsageError for a field that the table does not hold.
+    """
+    missing = [name for name in fields if getattr(table, name, None) is None]
+    if missing:
+        remedy = "; load the table with the folder of codes that `ecg-jax tokenize` wrote" if "codes" in missing else ""
+        raise UsageError(f"the table holds no {' and no '.join(missing)}{remedy}")
     counts = np.bincount(table.lane, minlength=LANES).astype(np.int32)
     capacity = table.capacity if capacity is None else capacity
     if counts.max(initial=0) > capacity:
@@ -129,4 +143,5 @@ def lane_layout(table: Table, capacity: int | None = None) -> Lanes:
             out[lane, : len(chosen)] = values[chosen]
         return out
 
-    return Lanes(lay(table.signal, 0), lay(table.labels, -1), lay(table.valid, 0), lay(table.record_hash, 0), counts)
+    laid = {name: lay(getattr(table, name), FILL[name]) for name in fields}
+    return Lanes(counts, lay(table.record_hash, 0), **laid)

@@ -1,8 +1,9 @@
 """Loads a split of one or several data folders into memory as arrays.
 
 No TensorFlow: the offset index says where the samples and the labels stand, so that only checksums are a loop
-over records. Invariants: every loaded record has passed its CRC32C; rows come by folder, shard and place on
-the circle; a smaller subset reads only its own run of bytes in each shard.
+over records (R peaks, behind two ids of any length, are found by a walk over all records at once). Invariants:
+every loaded record has passed its CRC32C; rows come by folder, shard and place on the circle; a smaller subset
+reads only its own run of bytes in each shard.
 """
 
 import json
@@ -11,6 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -18,8 +20,10 @@ import numpy as np
 from ecg_jax.errors import DataError, did_you_mean
 from ecg_jax.progress import track
 from ecg_jax.records.leads import expand_matrix
-from ecg_jax.shards import schema
+from ecg_jax.records.windows import MAX_PEAKS, SLOTS
+from ecg_jax.shards import peaks, schema
 from ecg_jax.shards.catalog import WHOLE, DataFolder, Shard, Subset, open_folder, select
+from ecg_jax.shards.codes import CodesFolder, open_codes
 from ecg_jax.shards.grouping import LANES
 from ecg_jax.shards.writer import bayes_of
 
@@ -32,7 +36,9 @@ class Table:
     unknown; valid int32 [n, 2] (start, length); lane int32 [n], the shard's number mod 8; record_hash,
     group_hash uint64 [n]; age, sex float32 [n], NaN unknown; bayes float32 [n, K], the simulator's true
     probabilities, or None; unit mV, z or mixed; capacity, the records of the largest lane of the whole split,
-    whatever the subset.
+    whatever the subset. rpeaks int16 [n, 50], positions of the R peaks in samples, ascending, -1 beyond the last:
+    those of the shards, or, with codes, those that the coded beats were cut at. codes uint16 [n, 256], of
+    `records.windows`' slots, NO_CODE where there is no beat; None where none were asked for.
     """
 
     signal: np.ndarray
@@ -49,6 +55,8 @@ class Table:
     unit: str
     leads: tuple[str, ...]
     capacity: int
+    rpeaks: np.ndarray | None = None
+    codes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.signal)
@@ -85,7 +93,7 @@ def choose(
     if not folders:
         raise DataError("no data folder given")
     opened = tuple(open_folder(Path(folder)) for folder in folders)
-    tasks = [folder.labels(task) for folder in opened]
+    tasks = [folder.labels(task) if task else () for folder in opened]
     every = tuple(dict.fromkeys(name for names in tasks for name in names))
     wanted = every if labels is None else tuple(labels)
     for name in wanted:
@@ -94,7 +102,9 @@ def choose(
                 f"task {task!r} has no label {name!r}{did_you_mean(name, every)}; it has {', '.join(every)}"
             )
     columns = tuple(np.array([wanted.index(n) if n in wanted else -1 for n in names], int) for names in tasks)
-    pieces = [(f, shard, shard.index()) for f, folder in enumerate(opened) for shard in folder.shards(split)]
+    # A small set among several may have no record in a split; that none has one is another matter.
+    having = [f for f, folder in enumerate(opened) if split in folder.splits] or [0]
+    pieces = [(f, shard, shard.index()) for f in having for shard in opened[f].shards(split)]
     whole = np.concatenate([index for _, _, index in pieces])
     keep = select(whole, subset if split == "train" else WHOLE, frozenset(int(g) for g in exclude))
     if not keep.any():
@@ -122,41 +132,53 @@ def load(
     labels: Sequence[str] | None = None,
     subset: Subset = WHOLE,
     exclude: Collection[int] = frozenset(),
+    codes: Sequence[Path | str] | None = None,
 ) -> Table:
     """The records of `split` of all `folders`, labels aligned by name.
 
+    task     whose labels; "" for none, with K = 0
     labels   which labels, in this order; None: those of the first folder, then new ones of the others. A
              label that a folder does not have is unknown (-1) there
     subset   applies to "train" only: val and test never shrink
     exclude  group hashes to leave out, of whatever split is loaded
+    codes    a folder of `ecg-jax tokenize` for each data folder, as name inside it or as path
 
-    Deterministic. Raises DataError for a missing folder, split, task or label (naming those there are), an
-    empty selection, or a damaged shard (naming file and byte).
+    A folder without such a split adds nothing where another has it. Deterministic. Raises DataError for a missing
+    folder, split, task or label (naming those there are), an empty selection, a damaged shard (naming file and byte),
+    or codes that are not those of these shards.
     """
     s = choose(folders, split, task, labels=labels, subset=subset, exclude=exclude)
     n, k = s.records, len(s.label_names)
-    has_bayes = all(task in folder.card["splits"][split].get("bayes_loss", {}) for folder in s.folders)
+    with_bayes = (s.folders[f].card["splits"][split].get("bayes_loss", {}) for f in {f for f, _, _ in s.parts})
+    has_bayes = bool(task) and all(task in known for known in with_bayes)
     signal = np.empty((n, schema.LENGTH, len(schema.LEAD_NAMES[s.leads])), np.int16)
     out_labels = np.full((n, k), -1, np.int8)
     bayes = np.full((n, k), np.nan, np.float32) if has_bayes else None
     age, sex = np.empty(n, np.float32), np.empty(n, np.float32)
+    rpeaks = np.empty((n, MAX_PEAKS), np.int16)
+    coded = None if codes is None else _open_codes(s.folders, codes)
+    out_codes = None if coded is None else np.empty((n, SLOTS), np.uint16)
     record_ids: list[str] = []
     # One buffer for all shards: fresh memory is as slow to touch as the file is to read.
     buffer = np.empty(max(_chosen_bytes(rows) for _, _, rows in s.parts), np.uint8)
     at = 0
-    for f, shard, rows in track(s.parts, f"load {split}", unit="shards"):
-        folder, here = s.folders[f], slice(at, at + len(rows))
-        data, rows = _read(shard.path, rows, buffer)
+    for f, shard, chosen in track(s.parts, f"load {split}", unit="shards"):
+        folder, here = s.folders[f], slice(at, at + len(chosen))
+        data, rows = _read(shard.path, chosen, buffer)
         _copy_signals(data, rows, folder.leads, signal[here])
         fixed = schema.fixed_offsets(folder.leads, tuple((t, len(v)) for t, v in folder.card["tasks"].items()))
-        _check_layout(data, rows, fixed, task, shard.path)
+        _check_layout(data, rows, fixed, shard.path)
         age[here] = _gather(data, rows, *fixed["age"]).view("<f4")[:, 0]
         sex[here] = _gather(data, rows, *fixed["sex"]).view("<f4")[:, 0]
         used = s.columns[f] >= 0
-        found = _gather(data, rows, *fixed[f"labels/{task}"]).view(np.int8)
-        out_labels[here, s.columns[f][used]] = found[:, used]
-        ids = zip((rows["frame"] + rows["id"]).tolist(), rows["id_length"].tolist(), strict=True)
-        record_ids += [data[start : start + length].tobytes().decode() for start, length in ids]
+        if task:
+            found = _gather(data, rows, *fixed[f"labels/{task}"]).view(np.int8)
+            out_labels[here, s.columns[f][used]] = found[:, used]
+        record_ids += _ids(data, rows)
+        if coded is None:
+            rpeaks[here] = peaks.read(data, rows, shard.path)
+        else:
+            out_codes[here], rpeaks[here] = coded[f].read(shard, chosen, record_ids[at:])
         if bayes is not None:
             true = [bayes_of(_meta(data, row), task, len(used)) for row in rows]
             bayes[here, s.columns[f][used]] = np.array(true, np.float32)[:, used]
@@ -178,7 +200,43 @@ def load(
         unit=units.pop() if len(units) == 1 else "mixed",
         leads=schema.LEAD_NAMES[s.leads],
         capacity=s.capacity,
+        rpeaks=rpeaks,
+        codes=out_codes,
     )
+
+
+def _open_codes(folders: Sequence[DataFolder], codes: Sequence[Path | str]) -> list[CodesFolder]:
+    if len(codes) != len(folders):
+        raise DataError(f"{len(codes)} folders of codes for {len(folders)} data folders; give one for each")
+    opened = [open_codes(folder, name) for folder, name in zip(folders, codes, strict=True)]
+    for found in opened[1:]:
+        if (found.codebook, found.mode) != (opened[0].codebook, opened[0].mode):
+            raise DataError(
+                f"{found.path}: codes of codebook {found.codebook}, {found.mode} beats; {opened[0].path} has codebook "
+                f"{opened[0].codebook}, {opened[0].mode} beats: take one codebook and one mode for all data folders"
+            )
+    return opened
+
+
+class ShardRecords(NamedTuple):
+    """All records of one shard: signal int16 [n, 1000, L], valid int32 [n, 2], rpeaks int16 [n, 50], record_ids."""
+
+    signal: np.ndarray
+    valid: np.ndarray
+    rpeaks: np.ndarray
+    record_ids: list[str]
+
+
+def read_shard(folder: DataFolder, shard: Shard) -> ShardRecords:
+    """The records of `shard` as stored, in file order. Raises DataError where it is damaged."""
+    index = shard.index()
+    valid = index["valid"].astype(np.int32)
+    signal = np.empty((len(index), schema.LENGTH, len(schema.LEAD_NAMES[folder.leads])), np.int16)
+    if not len(index):  # so few patients that the shard got none
+        return ShardRecords(signal, valid, peaks.fitted([]), [])
+    data, rows = _read(shard.path, index, np.empty(_chosen_bytes(index), np.uint8))
+    _copy_signals(data, rows, folder.leads, signal)
+    return ShardRecords(signal, valid, peaks.read(data, rows, shard.path), _ids(data, rows))
 
 
 # ------------------------------------------------------------------------------------------- bytes of a shard
@@ -236,6 +294,11 @@ def _verify(data: np.ndarray, rows: np.ndarray, offsets: list[int], path: Path) 
             raise schema.damaged(path, offset, "a checksum is wrong")
 
 
+def _ids(data: np.ndarray, rows: np.ndarray) -> list[str]:
+    places = zip((rows["frame"] + rows["id"]).tolist(), rows["id_length"].tolist(), strict=True)
+    return [data[start : start + length].tobytes().decode() for start, length in places]
+
+
 def _gather(data: np.ndarray, rows: np.ndarray, offset: int, size: int) -> np.ndarray:
     """uint8 [n, size]: the bytes at `offset` after the samples' start of each row."""
     start = rows["signal"].astype(np.int64) + offset
@@ -255,12 +318,16 @@ def to_twelve(samples: np.ndarray, expand: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(samples.astype(np.float32) @ expand), -32767, 32767).astype(np.int16)
 
 
-def _check_layout(data: np.ndarray, rows: np.ndarray, fixed: dict, task: str, path: Path) -> None:
-    """One full decode a shard: the constant distances must lead to what the fields hold."""
+def _check_layout(data: np.ndarray, rows: np.ndarray, fixed: dict, path: Path) -> None:
+    """One full decode a shard: the constant distances, and the walk to the R peaks, must lead to what the fields
+    hold."""
     start, length = int(rows["frame"][0]) + schema.HEADER, int(rows["length"][0])
     stored = schema.decode(data[start : start + length].tobytes())
-    found = _gather(data, rows[:1], *fixed[f"labels/{task}"]).view(np.int8)[0]
-    if not np.array_equal(stored["labels"].get(task), found):
+    found = {name: _gather(data, rows[:1], *place).tobytes() for name, place in fixed.items()}
+    expected = {f"labels/{task}": labels.tobytes() for task, labels in stored["labels"].items()}
+    expected["signature"] = stored["signature"]
+    same = all(found.get(name) == value for name, value in expected.items())
+    if not (same and np.array_equal(peaks.read(data, rows[:1], path), peaks.fitted([stored["rpeaks"]]))):
         raise DataError(f"{path}: its fields do not stand where its card says; convert again with this release")
 
 

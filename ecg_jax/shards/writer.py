@@ -173,8 +173,8 @@ def write_shard(job: Job, plan: ShardPlan) -> None:
             hash64("record", job.source.name, row.record_id),
         )
         at += len(encoded.payload) + schema.FRAME_EXTRA
-    write_atomic(job.folder / STATE / f"{name}.npz", [_npz_bytes(_columns(job, rows, index))])
-    state = _store(job.folder, name, (part for row in rows for part in schema.frame_parts(row.encoded.payload)), index)
+    write_atomic(job.folder / STATE / f"{name}.npz", [npz_bytes(_columns(job, rows, index))])
+    state = store(job.folder, name, (part for row in rows for part in schema.frame_parts(row.encoded.payload)), index)
     state |= {"items": len(plan.items), "written": written, "prepared": len(rows), "refused": refused, "dropped": []}
     write_atomic(job.folder / STATE / f"{name}.json", [json_bytes(state)])
 
@@ -217,7 +217,7 @@ def _row(job: Job, recording: int, p: Prepared) -> _Row:
     )
 
 
-def _store(folder: Path, name: str, frames: Iterable[bytes], index: np.ndarray) -> dict[str, Any]:
+def store(folder: Path, name: str, frames: Iterable[bytes], index: np.ndarray) -> dict[str, Any]:
     size, digest = write_atomic(folder / name, frames)
     _, index_digest = write_atomic(folder / (name + schema.INDEX_SUFFIX), [npy_bytes(index)])
     return {"records": len(index), "bytes": size, "sha256": digest, "index_sha256": index_digest}
@@ -246,7 +246,7 @@ def _prepared(job: Job, plan: ShardPlan) -> Iterator[tuple[str, Outcome]]:
 
 def _outcomes(job: Job, chunk: list[tuple[Item, Record | Refused]]) -> Iterator[tuple[str, Outcome]]:
     ready = [record for _, record in chunk if isinstance(record, Record)]
-    done = iter(prepare_many(ready, job.chain, job.windows, job.missing_leads) if ready else ())
+    done = iter(prepare_many(ready, job.chain, job.windows, job.missing_leads, job.leads) if ready else ())
     for item, record in chunk:
         outcome = next(done) if isinstance(record, Record) else record
         if not isinstance(outcome, Refused) and job.leads == "8":
@@ -342,7 +342,7 @@ def bayes_of(meta: dict[str, Any], task: str, count: int) -> list[float] | None:
     return None if values is None or len(values) != count else list(values)
 
 
-def _npz_bytes(columns: Columns) -> bytes:
+def npz_bytes(columns: Columns) -> bytes:
     arrays: dict[str, np.ndarray] = {}
     for field, value in columns._asdict().items():
         arrays |= {f"{field}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {field: value}
@@ -388,7 +388,7 @@ def drop_records(folder: Path, name: str, drop: list[str]) -> dict[str, Any]:
     rows["signal"] = rows["signal"] - rows["frame"] + start
     rows["frame"] = start
     left = (p for p, k in zip(payloads, keep, strict=True) if k)
-    state |= _store(folder, name, (part for p in left for part in schema.frame_parts(p)), rows)
+    state |= store(folder, name, (part for p in left for part in schema.frame_parts(p)), rows)
     state["dropped"] = sorted(drop)
     write_atomic(folder / STATE / f"{name}.json", [json_bytes(state)])
     return state

@@ -4,13 +4,14 @@
 prepared two ahead by a thread. Both are pure functions of the step they are asked for, so going on after a
 stop, or back to an earlier step, is arithmetic. No model, no randomness of their own beyond the order.
 
-Invariant: a placed table is shared by all runs of the process that use the same table object on the same devices.
+Invariant: a placed field of a table is shared by all runs of the process that use the same table object on the same
+devices, whichever other fields they ask for.
 """
 
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ecg_jax.shards.resident import Order, lane_layout
+from ecg_jax.errors import UsageError
+from ecg_jax.shards.resident import FIELDS, Order, lane_layout
 from ecg_jax.shards.tables import Table
 from ecg_jax.training import mesh as mesh_lib
 
 PREFETCH = 2  # batches ahead; more only hides variance and costs memory
-FIELDS = ("signal", "labels", "valid")
+STREAMED = ("signal", "labels", "valid")  # what the stream of batches carries
 
 Inputs = tuple[dict[str, jax.Array], Any, Any]
 
@@ -32,9 +34,9 @@ Inputs = tuple[dict[str, jax.Array], Any, Any]
 class Placed:
     """A table on the devices.
 
-    rows    signal int16 [8, capacity, 1000, L], labels int8 [8, capacity, K], valid int32 [8, capacity, 2],
-            hash uint32 [8, capacity, 2] (high and low word of the record's hash), split over the devices by
-            lane
+    rows    the fields asked for (signal int16 [8, capacity, 1000, L], labels int8 [8, capacity, K], valid int32
+            [8, capacity, 2], rpeaks int16 [8, capacity, 50], codes uint16 [8, capacity, 256]) and hash uint32
+            [8, capacity, 2] (high and low word of the record's hash), split over the devices by lane
     counts  int32 [8], records in each lane, on the host; `counts_there` the same on the devices
     source  int64 [8, capacity], the table row at each place, -1 where there is none
     """
@@ -52,25 +54,36 @@ class Placed:
         return out
 
 
-_placed: dict[tuple[int, Mesh], Placed] = {}
+_placed: dict[tuple[int, Mesh], dict[frozenset[str], Placed]] = {}
 
 
-def place(table: Table, mesh: Mesh) -> Placed:
-    """Put a table on the devices of `mesh`; memoised for as long as the table object lives."""
+def place(table: Table, mesh: Mesh, fields: Sequence[str] = FIELDS) -> Placed:
+    """Put `fields` of a table on the devices of `mesh`; memoised for as long as the table object lives.
+
+    Raises UsageError for a field that the table does not hold.
+    """
     key = id(table), mesh
     if key not in _placed:
-        _placed[key] = _place(table, mesh)
+        _placed[key] = {}
         weakref.finalize(table, _placed.pop, key, None)
-    return _placed[key]
+    mine, wanted = _placed[key], frozenset(fields)
+    if wanted not in mine:
+        mine[wanted] = _place(table, mesh, fields, {k: v for placed in mine.values() for k, v in placed.rows.items()})
+    return mine[wanted]
 
 
-def _place(table: Table, mesh: Mesh) -> Placed:
-    lanes = lane_layout(table)
-    host = {name: getattr(lanes, name) for name in FIELDS} | {"hash": _words(lanes.record_hash)}
+def _place(table: Table, mesh: Mesh, fields: Sequence[str], there: dict[str, jax.Array]) -> Placed:
+    """`there`: the fields of this table that lie on these devices already."""
+    new = [name for name in fields if name not in there]
+    lanes = lane_layout(table, fields=new)
+    host = {name: getattr(lanes, name) for name in new}
+    if "hash" not in there:
+        host["hash"] = _words(lanes.record_hash)
     source = np.full(lanes.record_hash.shape, -1, np.int64)
     for lane, count in enumerate(lanes.counts):
         source[lane, :count] = np.flatnonzero(table.lane == lane)
-    rows = jax.device_put(host, mesh_lib.lanes_first(mesh))
+    rows = there | jax.device_put(host, mesh_lib.lanes_first(mesh))
+    rows = {name: rows[name] for name in (*fields, "hash")}
     return Placed(rows, lanes.counts, jax.device_put(lanes.counts, mesh_lib.replicated(mesh)), source)
 
 
@@ -100,10 +113,23 @@ class ResidentFeed:
 class StreamFeed:
     """Inputs of a dispatch as whole batches from an iterator over shards, read and sent ahead by a thread."""
 
-    def __init__(self, batches: Callable[[int], Iterator[dict]], mesh: Mesh, scan: bool) -> None:
-        """`batches(start_step)` gives host batches: signal, labels, valid, record_hash uint64 [B],
-        epoch int32 [B].
+    def __init__(
+        self,
+        batches: Callable[[int], Iterator[dict]],
+        mesh: Mesh,
+        scan: bool,
+        fields: Sequence[str] = FIELDS,
+    ) -> None:
+        """`batches(start_step)` gives host batches: `fields`, record_hash uint64 [B], epoch int32 [B].
+
+        Raises UsageError for fields that no stream carries: R peaks and codes.
         """
+        missing = [name for name in fields if name not in STREAMED]
+        if missing:
+            raise UsageError(
+                f"the stream loader carries no {' and no '.join(missing)}: set train.loader=resident for this objective"
+            )
+        self._fields = tuple(fields)
         self._batches, self._mesh, self._scan = batches, mesh, scan
         self._thread: threading.Thread | None = None
         self._next = -1
@@ -142,7 +168,7 @@ class StreamFeed:
         try:
             entries = []
             for batch in self._batches(step):
-                fields = {name: batch[name] for name in (*FIELDS, "epoch")}
+                fields = {name: batch[name] for name in (*self._fields, "epoch")}
                 entries.append(fields | {"hash": _words(batch["record_hash"])})
                 if len(entries) == per_dispatch:
                     out.put(_send_entries(entries, self._mesh, self._scan))

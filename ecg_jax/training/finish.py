@@ -22,19 +22,16 @@ from jax.sharding import Mesh
 from ecg_jax import config as config_lib
 from ecg_jax import files
 from ecg_jax.config import Config
-from ecg_jax.evaluation import bootstrap, compare, evalog
-from ecg_jax.evaluation import metrics as scores
-from ecg_jax.evaluation.scoring import ScoredSet
-from ecg_jax.models import flops, ladder
-from ecg_jax.training import export, folder, metrics, step
+from ecg_jax.evaluation import evalog
+from ecg_jax.models import flops
+from ecg_jax.training import export, folder, metrics, outcomes, step
 from ecg_jax.training import mesh as mesh_lib
 from ecg_jax.training.data import Data
 from ecg_jax.training.feed import place
 from ecg_jax.training.recipe import Controller
 from ecg_jax.training.results import Results
 
-RESAMPLES, LEVEL = 400, 0.95  # of the intervals in the eval log
-PREDICTIONS = "predictions.npz"  # on test, with the selected parameters: what a paired comparison of runs needs
+PARADIGMS = {"supervised": "SL", "masked_codes": "SSL", "codebook": "codebook"}
 LOOKED_UP = ("lead_table", "time_table", "cls", "mask_vector")  # parameters that are added, never multiplied
 PACKAGES = ("ecg-jax", "jax", "jaxlib", "flax", "numpy", "orbax-checkpoint")
 
@@ -47,8 +44,7 @@ class Run:
     run_dir: Path
     mesh: Mesh
     data: Data
-    arch: ladder.Config
-    precision: str
+    objective: step.Objective
     programs: step.Programs
     control: Controller
     results: Results
@@ -60,46 +56,27 @@ def done(run: Run, last: step.State) -> dict[str, Any]:
     """Test the selected and the last parameters, write everything, return the summary."""
     best, data = run.results.selected(), run.data
     with run.clock.of("finish"):
-        test, val = place(data.test, run.mesh), place(data.val, run.mesh)
-        logits = _predict(run, best.params, test)
+        test, val = (place(table, run.mesh, run.objective.fields) for table in (data.test, data.val))
+        on_test = _kept(run, best.params, test)
         same = run.control.best_update == run.control.update
-        last_logits = logits if same else _predict(run, last.params, test)
-        thresholds = scores.best_f1_threshold(_predict(run, best.params, val), data.val.labels)
-
-        names = list(data.test.label_names)
-        scored = ScoredSet(data.test, names, ["id"] * len(names), data.prior, LEVEL)
-        resamples = bootstrap.draw(data.test.group_hash, RESAMPLES)
-        report = scored.report(bootstrap.spreads(logits, data.test.labels, thresholds, resamples), thresholds)
-        at_last = scores.macro(scores.bce(last_logits, data.test.labels))[0]
-        (macro,) = report["macro"].values()
-
+        on_test_last = on_test if same else _kept(run, last.params, test)
         params = metrics.read(best.params)
-        summary = _summary(run, run.control.status()) | {
-            "losses": _losses(run) | {"test": macro["metrics"]["bce"]["value"], "test_last": at_last},
-            "floor": macro["floor"],
-            "prior": macro["prior"],
-            "test": {"labels": report["labels"], "macro": macro},
-        }
-        compare.save_predictions(
-            run.run_dir / PREDICTIONS,
-            data.test.record_ids,
-            data.test.group_hash,
-            data.test.labels,
-            logits,
-            names,
-        )
-        export.save_encoder(run.run_dir, run.arch, params["encoder"], _about_encoder(run, summary))
-        rows = scored.rows(report, _columns(run, summary))
-        rows.append(_last_row(run, summary, at_last, macro))
-        evalog.append(run.run_dir / folder.EVALS, rows)
+        found = outcomes.of(run.config.objective.name)(run, params, _kept(run, best.params, val), on_test, on_test_last)
+        summary = _summary(run, run.control.status()) | {"losses": _losses(run) | found.losses} | found.summary
+        if run.config.objective.name != "codebook":
+            export.save_encoder(run.run_dir, run.objective.arch, params["encoder"], _about_encoder(run, summary))
+            rows = [_columns(run, summary) | row for row in found.rows]
+            evalog.append(run.run_dir / folder.EVALS, [*rows, _last_row(run, summary, found)])
     return _write(run, summary)
 
 
 def diverged(run: Run) -> dict[str, Any]:
     """Record a run that left the finite numbers: a row without a value, and the summary."""
     summary = _summary(run, "diverged") | {"losses": _losses(run)}
-    row = _columns(run, summary) | {"label": "macro", "metric": "bce", "value": None, "domain": "id"}
-    evalog.append(run.run_dir / folder.EVALS, [row])
+    if run.config.objective.name != "codebook":
+        metric = outcomes.METRICS[run.config.objective.name]
+        row = _columns(run, summary) | {"label": "macro", "metric": metric, "value": None, "domain": "id"}
+        evalog.append(run.run_dir / folder.EVALS, [row])
     return _write(run, summary)
 
 
@@ -108,8 +85,8 @@ def interrupted(run: Run) -> dict[str, Any]:
     return _write(run, _summary(run, "interrupted") | {"losses": _losses(run)})
 
 
-def _predict(run: Run, params: Any, placed: Any) -> np.ndarray:
-    """Logits float64 [n, K] in the order of the table."""
+def _kept(run: Run, params: Any, placed: Any) -> np.ndarray:
+    """What the objective keeps of each record (its `logits`), float64 [n, ...] in the order of the table."""
     lanes = run.config.train.lanes
     parts, sent = [], None
     for _, logits in step.evaluate(run.programs, params, placed, run.mesh):
@@ -133,16 +110,18 @@ def _summary(run: Run, status: str) -> dict[str, Any]:
     finished = status in ("done", "unconverged")
     steps = control.best_step if finished else control.step
     seen = steps * config.train.batch
-    per_record = flops.training_flops(run.arch, config.model.crop)
+    per_record = _flops(run)
     return {
         "run": run.run_dir.resolve().name,
         "status": status,
         "identity": config_lib.identity(config)[1],
-        "architecture": run.arch.family,
-        "paradigm": "SL",
+        "architecture": getattr(run.objective.arch, "family", "vqhbr"),
+        "paradigm": PARADIGMS[config.objective.name],
         "rung": config.model.rung,
         "input": config.model.input,
         "objective": config.objective.name,
+        "codebook": data.book.id if data.book else None,
+        "choices": outcomes.choices(config, data.book),
         "pool": config.model.pool,
         "task": config.data.task,
         "labels": list(data.val.label_names),
@@ -168,7 +147,7 @@ def _summary(run: Run, status: str) -> dict[str, Any]:
         "lr": config.optim.lr,
         "loader": data.loader,
         "device": mesh_lib.describe(run.mesh),
-        "precision": run.precision,
+        "precision": getattr(getattr(run.objective, "front", None), "dtype", "float32"),
         "versions": versions(),
         "resumes": run.resumes,
         "data": data.facts,
@@ -176,11 +155,21 @@ def _summary(run: Run, status: str) -> dict[str, Any]:
     }
 
 
+def _flops(run: Run) -> int:
+    """Of forward and backward over one record, without head."""
+    front = getattr(run.objective, "front", None)
+    return flops.training_flops(front.arch, front.length) if front else run.objective.training_flops
+
+
 def _count(run: Run) -> tuple[int, int, int]:
-    """Parameters of the encoder, of encoder and head, and those of the encoder that are only looked up."""
-    params, n = run.programs.abstract.params, ladder.count(run.arch)
-    head = sum(leaf.size for leaf in jax.tree.leaves(params["head"]))
-    return n, n + head, sum(params["encoder"][name].size for name in LOOKED_UP if name in params["encoder"])
+    """Parameters of the encoder, of encoder and head, and those of the encoder that are only looked up.
+
+    What is not learned by gradient (running statistics, a codebook) is no parameter.
+    """
+    learned = outcomes.learned(run.programs.abstract.params)
+    sizes = {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in learned.items()}
+    looked_up = sum(learned["encoder"][name].size for name in LOOKED_UP if name in learned["encoder"])
+    return sizes["encoder"], sum(sizes.values()), looked_up
 
 
 def _columns(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
@@ -190,14 +179,13 @@ def _columns(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     return own | {"task": "pretrain", "split": "test", "selection": "best-val", "lineage": lineage}
 
 
-def _last_row(run: Run, summary: dict[str, Any], value: float, macro: dict[str, Any]) -> dict[str, Any]:
+def _last_row(run: Run, summary: dict[str, Any], found: outcomes.Outcome) -> dict[str, Any]:
     """The ID loss of the last parameters, whatever `val` said of them."""
-    own = {"step": run.control.step, "selection": "last", "label": "macro", "metric": "bce", "domain": "id"}
+    own = {"step": run.control.step, "selection": "last"}
     seen = run.control.step * run.config.train.batch
     own |= {"examples_seen": seen, "epochs": seen / run.data.records}
     own |= {"flops": summary["flops_per_record"] * seen}
-    own |= {"n_examples": macro["n_examples"], "n_labels": macro["metrics"]["bce"]["n_labels"]}
-    return _columns(run, summary) | own | {"value": value, "floor": macro["floor"], "prior": macro["prior"]}
+    return _columns(run, summary) | own | found.last
 
 
 def _about_encoder(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
@@ -206,12 +194,15 @@ def _about_encoder(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
         "rung": model.rung,
         "scale": model.scale,
         "crop": model.crop,
+        "input": model.input,
+        "beats": model.beats,
+        "slots": model.slots,
         "rate": 100,
         "leads": list(table.leads),
         "unit": table.unit,
         "pool": model.pool,
         "task": run.config.data.task,
-        "labels": list(table.label_names),
+        "labels": list(table.label_names) if run.config.objective.name == "supervised" else [],
         "n_params": summary["n_params"],
         "identity": summary["identity"],
         "data": run.data.facts,

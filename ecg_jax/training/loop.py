@@ -20,11 +20,9 @@ import jax
 import numpy as np
 
 from ecg_jax import config as config_lib
-from ecg_jax import files, progress
+from ecg_jax import files, objectives, progress
 from ecg_jax.config import Config
 from ecg_jax.errors import DivergedError, InterruptedRun
-from ecg_jax.models import ladder
-from ecg_jax.objectives import supervised
 from ecg_jax.shards.tables import Table
 from ecg_jax.training import data as data_lib
 from ecg_jax.training import finish, folder, metrics, optim, recipe, runtime, step
@@ -59,7 +57,7 @@ def train(
     """
     run_dir = Path(run_dir)
     with folder.claim(run_dir), runtime.stop_signals() as stop, contextlib.ExitStack() as at_end:
-        config = folder.adopt(run_dir, config)
+        config = folder.adopt(run_dir, objectives.resolve(config))
         return folder.finished(run_dir) or _train(config, run_dir, tables, quiet, stop, at_end)
 
 
@@ -76,34 +74,31 @@ def _train(
     scan = not cpu and config.train.steps_per_dispatch > 1  # convolutions in a loop are pathological on CPU
 
     # --------------------------------------------------------------------------------------------------- data
-    arch = ladder.get(config.model.rung, norm=config.model.norm, dropout=config.model.dropout)  # wrong ones fail early
     with clock.of("data"):
         data = data_lib.load(config, tables, mesh, quiet)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, loader=data.loader))
-        val = place(data.val, mesh)
+        objective = objectives.make(config, len(data.val.label_names), data.book)
+        val = place(data.val, mesh, objective.fields)
         if data.train is not None:
-            feed = ResidentFeed(place(data.train, mesh), mesh, config.train.batch, config.train.seed, scan)
+            rows = place(data.train, mesh, objective.fields)
+            feed = ResidentFeed(rows, mesh, config.train.batch, config.train.seed, scan)
             data = dataclasses.replace(data, train=None)  # the devices have it: the host's copy may go
         else:
             feed = StreamFeed(data.stream, mesh, scan)
         at_end.callback(feed.close)
 
-    # ------------------------------------------------------------------------------------- model and programs
-    labels = data.val.label_names
-    model, precision = config.model, config.train.precision
-    inputs = {"scale": model.scale, "crop": model.crop, "random_crop": model.random_crop}
-    objective = supervised.make(arch, len(labels), dtype=precision, **inputs)
+    # ----------------------------------------------------------------------------------------------- programs
     folder.check_data(run_dir, data.facts)
     files.write(run_dir / folder.CONFIG, config_lib.to_json(config))
     parts = config.train.accumulate
     at_once = max(config.train.batch // parts, EVAL_BATCH)
-    programs = step.build(objective, len(labels), mesh, at_once, config.train.lanes, scan, parts)
+    programs = step.build(objective, mesh, at_once, config.train.lanes, scan, parts)
 
     # -------------------------------------------------------------------------------------------------- state
     # Rate, decay, clipping and seed are arguments of the programs: another value is no other compilation.
     hyper = jax.device_put(optim.hyper(config.optim, objective), everywhere)
     seed = jax.device_put(np.uint32(config.train.seed), everywhere)
-    state = programs.init(seed, jax.device_put(data.prior, everywhere))
+    state = programs.init(seed, jax.device_put(data.start, everywhere))
     control = recipe.Controller(recipe.plan(config, data.records, len(data.val)))
 
     # ------------------------------------------------------------------------------------------------- resume
@@ -124,7 +119,7 @@ def _train(
         timing.write({"resumed": resumes, "update": control.update})
         if not quiet:
             print(f"{run_dir}: going on after update {control.update}", file=sys.stderr)
-    results = Results(control, log, timing, clock, config.train.log_every, config.train.batch)
+    results = Results(control, log, timing, clock, objective.mean, config.train.log_every, config.train.batch)
     if saved:
         results.resume(host["results"], step.State(**saved[1]["best"]) if host["has_best"] else None)
 
@@ -152,7 +147,7 @@ def _train(
             )
 
     # --------------------------------------------------------------------------------------------------- loop
-    run = finish.Run(config, run_dir, mesh, data, arch, objective.dtype, programs, control, results, clock, resumes)
+    run = finish.Run(config, run_dir, mesh, data, objective, programs, control, results, clock, resumes)
     try:
         if control.update == 0:
             evaluate()  # the untrained model, where every trajectory begins

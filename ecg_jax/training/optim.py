@@ -5,7 +5,6 @@ are computed on the host (`recipe.py`). No optimizer objects. Invariant: with on
 `optax.chain(clip_by_global_norm, adamw)` (tested).
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -49,28 +48,28 @@ def width_factors(objective: Any, base_width: int) -> np.ndarray:
     of 1 / fan-in. They are small, and the change of the logits still grows a little: measured over widths 8 to 128,
     as the power 0.1 to 0.3 of the width, without scaling 0.6 to 1.0 (features: 0.0, without 0.4 to 0.8).
 
-    The fan-in is read off axis -2, by laying out the same objective at `base_width`; so it needs no names, but
-    an objective with an `arch` that has a `width`. Depth is not corrected for.
+    The fan-in is read off axis -2, by laying out the same objective at `base_width`; so it needs no names. Depth is not
+    corrected for.
     """
-    arch = dataclasses.replace(objective.arch, width=base_width)
-    base, own = shapes(dataclasses.replace(objective, arch=arch)), shapes(objective)
+    base, own = shapes(objective.at_width(base_width)), shapes(objective)
     pairs = zip(jax.tree.leaves(base), jax.tree.leaves(own), strict=True)
     return np.array([b.shape[-2] / o.shape[-2] if o.ndim >= 2 else 1.0 for b, o in pairs], np.float32)
 
 
 def shapes(objective: Any) -> Any:
     """Shapes of an objective's parameters, without making them."""
-    return jax.eval_shape(objective.init, jax.random.key(0), jnp.full(objective.n_labels, 0.5))
+    return jax.eval_shape(objective.init, jax.random.key(0), objective.start)
 
 
 def decayed(params: Any) -> Any:
-    """Which arrays are decayed (tree of bool): those of two and more dimensions, no bias and no norm's scale.
+    """Which arrays are decayed (tree of bool): those of two and more dimensions, no bias, no norm's scale, and no
+    codebook, which is not learned by gradient.
 
     By name as well as by dimensions, because the biases of stacked layers have two.
     """
 
     def rule(path: tuple, leaf: jax.Array) -> bool:
-        return leaf.ndim >= 2 and not str(path[-1].key).endswith(("bias", "scale"))
+        return leaf.ndim >= 2 and not str(path[-1].key).endswith(("bias", "scale", "codebook"))
 
     return jax.tree_util.tree_map_with_path(rule, params)
 

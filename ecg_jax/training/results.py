@@ -6,6 +6,7 @@ ready.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ class Results:
     """The queue of unread results of one run, and what the read ones amount to.
 
     best is the state with the lowest loss on `val` (None before the first), last_loss the mean training loss of the
-    last line written.
+    last line written. `mean` makes the loss of an evaluation's sums, as `step.Objective.mean`.
     """
 
     def __init__(
@@ -44,13 +45,14 @@ class Results:
         log: metrics.Log,
         timing: metrics.Log,
         clock: metrics.Clock,
+        mean: Callable[[np.ndarray], float],
         log_every: int,
         batch: int,
     ) -> None:
         self.best: State | None = None
         self.last_loss: float | None = None
         self._control, self._log, self._timing, self._clock = control, log, timing, clock
-        self._every, self._batch = log_every, batch
+        self._mean, self._every, self._batch = mean, log_every, batch
         self._window = metrics.Window()
         self._queue: deque[Sent] = deque()
         self._newest: Sent | None = None  # of the steps read
@@ -124,7 +126,7 @@ class Results:
 
     def _take_evaluation(self, sent: Sent) -> None:
         with self._clock.of("eval"):
-            loss = mean_loss(metrics.read(sent.values))
+            loss = self._mean(metrics.read(sent.values))
         if self._control.saw(sent.step, sent.update, loss):
             self.best = sent.candidate
         self._log.write(self._where(sent) | {"val/loss": loss, "val/best": self._control.best_loss})
@@ -151,10 +153,3 @@ class Results:
     def _where(self, sent: Sent) -> dict[str, Any]:
         epoch = sent.step / self._control.plan.epoch
         return {"step": sent.step, "update": sent.update, "phase": sent.phase, "epoch": epoch}
-
-
-def mean_loss(sums: np.ndarray) -> float:
-    """Sums [2, K] of losses and of known labels -> mean over the labels that occur, nats (NaN without any)."""
-    total, known = np.asarray(sums, np.float64)
-    seen = known > 0
-    return float(np.mean(total[seen] / known[seen])) if seen.any() else float("nan")

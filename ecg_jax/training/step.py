@@ -1,7 +1,7 @@
 """The compiled programs of a run: init, train step, evaluation, copy.
 
-B examples of a batch, L lanes, M micro-batches of an update, k steps of one dispatch, K labels (or other columns
-of a loss). All of them are built once per (objective, mesh, batch) and process, whatever the learning rate, seed,
+B examples of a batch, L lanes, M micro-batches of an update, k steps of one dispatch, K columns of a loss (labels,
+say). All of them are built once per (objective, mesh, batch) and process, whatever the learning rate, seed,
 recipe or number of records, which are arguments; so runs of one shape share their compilations. What is learned
 is the objective's affair: see `Objective`. No I/O, no host reads, no schedule.
 
@@ -29,12 +29,22 @@ class Objective(Protocol):
 
     A frozen, hashable value (programs are shared between equal ones) of pure, traceable functions. `params` is any
     tree of float arrays. `batch` is a dictionary of arrays [B, ...]: the rows of the placed table, without `hash`
-    in training. An objective says with `arch` (a dataclass with `width`) and `n_labels` how it is laid out; both
-    are needed for `optim.base_width` only.
+    in training.
+
+    fields   the fields of the table that `batch` must hold
+    columns  names of the K columns of `sums`
+    start    shapes of what `init` wants to know of the data, by name
     """
 
-    def init(self, key: jax.Array, prior: jax.Array) -> Any:
-        """Starting params. `prior` float32 [K], the prevalence of each label; other objectives leave it alone."""
+    fields: tuple[str, ...]
+    columns: tuple[str, ...]
+    start: dict[str, jax.ShapeDtypeStruct]
+
+    def init(self, key: jax.Array, start: dict[str, jax.Array]) -> Any:
+        """Starting params. `start` as announced: the prevalence of each label, say, or a codebook."""
+
+    def at_width(self, width: int) -> "Objective":
+        """The same at another width of the network; needed for `optim.base_width` only."""
 
     def loss(self, params: Any, batch: dict[str, jax.Array], keys: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """(float32 [] to be minimised, aux); all randomness from `keys` [B], typed, one per record and epoch.
@@ -46,13 +56,16 @@ class Objective(Protocol):
 
     def absorb(self, params: Any, aux: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """(params, aux) with what is not learned by gradient moved from aux to params: running statistics of a
-        norm, moving averages of a codebook. Their arrays get gradient zero and are not decayed.
+        norm, moving averages of a codebook. Their arrays get gradient zero and are not decayed (`optim.decayed`).
         """
 
     def sums(self, params: Any, batch: dict[str, jax.Array], weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Evaluation: (sum of the loss, number of terms), float32 [K] each, records weighted by `weight` [B].
         What is drawn here is drawn from the records' `hash`, so that every evaluation sees the same.
         """
+
+    def mean(self, sums: np.ndarray) -> float:
+        """The loss that [2, K] of such sums and numbers amount to, on the host: what runs are selected by."""
 
     def logits(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         """What is kept of each record in evaluation, [B, ...] float32."""
@@ -81,7 +94,7 @@ class Programs(NamedTuple):
     copy: Callable[[State], State]
     abstract: State  # shapes, types and shardings, for restoring
     eval_batch: int  # records that `take` takes
-    n_labels: int  # K
+    columns: int  # K
     one: Callable[..., Any]  # the jitted programs behind `step`, for tests and benchmarks: a single step
     many: Callable[..., Any]  # and several
 
@@ -177,12 +190,10 @@ def update(objective: Objective, state: State, slope: tuple, lr: jax.Array, hype
 
 
 @functools.lru_cache(maxsize=64)
-def build(
-    objective: Objective, n_labels: int, mesh: Mesh, eval_batch: int, lanes: int, scan: bool, accumulate: int = 1
-) -> Programs:
+def build(objective: Objective, mesh: Mesh, eval_batch: int, lanes: int, scan: bool, accumulate: int = 1) -> Programs:
     """The programs of one objective on one mesh. Memoised: equal arguments give the same compiled functions.
 
-    init(seed, prior [K]) -> State, made in place on the devices that will hold it.
+    init(seed, start) -> State, made in place on the devices that will hold it; `start` as the objective announces.
 
     step(state, rows, inputs, rates, hyper, seed) -> (state, metrics). `rows` are resident arrays
     [L, capacity, ...] and an input is {"index", "epoch"} int32 [L, B/L]; or `rows` is empty and an input is the
@@ -192,8 +203,8 @@ def build(
     take(rows, counts [L], start) -> (batch, weight [eval_batch]): the records start..start + eval_batch/L of each
     lane, weight 0 where a lane has no more.
 
-    score(params, batch, weight, sums [2, K]) -> (sums plus those of the batch: loss in nats and number of known
-    labels, per label; logits float32 [eval_batch, K] in lane order). One program for every table.
+    score(params, batch, weight, sums [2, K]) -> (sums plus those of the batch: loss in nats and number of terms, per
+    column; what `logits` keeps, float32 [eval_batch, ...] in lane order). One program for every table.
 
     copy(state) -> the same state in new buffers.
 
@@ -204,8 +215,8 @@ def build(
     """
     whole, per_lane = mesh_lib.replicated(mesh), mesh_lib.lanes_first(mesh)
 
-    def init(seed: jax.Array, prior: jax.Array) -> State:
-        params = objective.init(jax.random.fold_in(jax.random.key(seed), INIT), prior)
+    def init(seed: jax.Array, start: dict[str, jax.Array]) -> State:
+        params = objective.init(jax.random.fold_in(jax.random.key(seed), INIT), start)
         params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
         zeros = jax.tree.map(jnp.zeros_like, params)
         zero = jnp.zeros((), jnp.int32)
@@ -235,7 +246,7 @@ def build(
         logits = objective.logits(params, batch).astype(jnp.float32)
         return sums + jnp.stack(objective.sums(params, batch, weight)), logits
 
-    shapes = jax.eval_shape(init, jnp.uint32(0), jnp.zeros(n_labels, jnp.float32))
+    shapes = jax.eval_shape(init, jnp.uint32(0), objective.start)
     places = mesh_lib.state_shardings(shapes, mesh)
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
@@ -261,7 +272,7 @@ def build(
         copy=jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=places),
         abstract=abstract,
         eval_batch=eval_batch,
-        n_labels=n_labels,
+        columns=len(objective.columns),
         one=one_step,
         many=many_steps,
     )
@@ -275,7 +286,7 @@ def evaluate(programs: Programs, params: Any, placed: Any, mesh: Mesh) -> Iterat
         are given up to the next batch: only the last ones may be read.
     """
     everywhere, per_lane = mesh_lib.replicated(mesh), programs.eval_batch // len(placed.counts)
-    sums = jax.device_put(np.zeros((2, programs.n_labels), np.float32), everywhere)
+    sums = jax.device_put(np.zeros((2, programs.columns), np.float32), everywhere)
     for start in range(0, int(placed.counts.max()), per_lane):
         there = jax.device_put(np.int32(start), everywhere)
         batch, weight = programs.take(placed.rows, placed.counts_there, there)

@@ -41,13 +41,15 @@ SUMMARY = {
 
 @dataclass(frozen=True)
 class Stub:
-    """An objective whose features are the mean absolute value of each lead, weighted by
+    """A front whose features are the mean absolute value of each lead, weighted by
     `params["encoder"]`.
     """
 
-    def init(self, key, prior):
+    on_beats = False
+
+    def init(self, key):
         only_two = jnp.diag(jnp.arange(12) >= 10).astype(jnp.float32)  # sees the leads that tell nothing
-        return {"encoder": only_two * jax.random.uniform(key, (12,), minval=0.5, maxval=2), "head": None}
+        return only_two * jax.random.uniform(key, (12,), minval=0.5, maxval=2)
 
     def features(self, params, batch):
         x = jnp.abs(batch["signal"].astype(jnp.float32)).mean(1) * 1e-3
@@ -93,7 +95,7 @@ def run_dir(tmp_path, monkeypatch):
     encoder = features.Encoder("stub", params, info, features._digest("stub", params, info))
     card = {"name": "ptbxl", "lineage": [{"dataset": "ptbxl", "contains": []}]}
     monkeypatch.setattr(features, "load", lambda run_dir: encoder)
-    monkeypatch.setattr(features, "_objective", lambda encoder: Stub())
+    monkeypatch.setattr(features, "_front", lambda encoder: Stub())
     monkeypatch.setattr(catalog, "open_folder", lambda path: SimpleNamespace(card=card))
     folder = tmp_path / "R4-s0"
     folder.mkdir()

@@ -34,7 +34,7 @@ def run_dir(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(rung)
     arch = ladder.get(rung, norm=norm or "group")
     objective = supervised.make(arch, 6, scale="gain", crop=500, dtype="float32")
-    params = jax.device_get(objective.init(jax.random.key(1), np.full(6, 0.1, np.float32))["encoder"])
+    params = jax.device_get(objective.init(jax.random.key(1), {"prior": np.full(6, 0.1, np.float32)})["encoder"])
     params |= {name: value + np.float32(0.25) for name, value in params.items() if name.endswith("_running_mean")}
     info = {"scale": "gain", "crop": 500, "labels": ["AF"], "lineage": [{"dataset": "synthetic"}]}
     export.save_encoder(folder, arch, params, info)

@@ -1,7 +1,14 @@
-"""These tests compile dozens of small networks and run each a few times: compile fast, not well."""
+"""These tests compile dozens of small networks and run each a few times: compile fast, not well. Makes `torch_pickle`
+importable.
+"""
+
+import sys
+from pathlib import Path
 
 import jax
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -31,15 +31,15 @@ SIGMAS = 5  # of the standard deviation of a measured standard deviation
 
 def _stds(objective):
     """Standard deviation of each array by part and name: measured, or of the rules that the arrays are drawn by."""
-    key, prior, table = jax.random.key(0), jnp.full(LABELS, 0.1), models.parameters(objective.arch)
+    key, start, table = jax.random.key(0), {"prior": jnp.full(LABELS, 0.1)}, models.parameters(objective.arch)
     if objective.arch not in map(ladder.get, ALWAYS) and not UPDATE:
         head = math.sqrt(supervised.HEAD_GAIN / (objective.arch.features + 1))
         return {"encoder": {name: one.std for name, one in table.items()}, "head": {"kernel": head, "bias": 0.0}}
     if ladder.count(objective.arch) <= WHOLE:
-        values = objective.init(key, prior)
+        values = objective.init(key, start)
     else:
         encoder = {name: one.init(key, (min(math.prod(one.shape), SAMPLE),)) for name, one in table.items()}
-        values = {"encoder": encoder, "head": jax.jit(lambda: objective.init(key, prior)["head"])()}
+        values = {"encoder": encoder, "head": jax.jit(lambda: objective.init(key, start)["head"])()}
     return jax.tree.map(lambda value: float(np.std(value)), values)
 
 

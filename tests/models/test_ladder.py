@@ -56,6 +56,21 @@ def test_study_counts_are_the_published_ladder():
     assert set(ladder.RUNGS) == set(STUDY) | set(ladder.DEMO_RUNGS)
 
 
+def test_counts_on_beats():
+    """Tokens of a Transformer are then single beats of single leads; the stem of a ResNet reads 96 samples."""
+    for name, count in STUDY.items():
+        config = ladder.for_input(ladder.get(name), "beats")
+        wider = (96 - 12) * 17 * config.width if name[0] == "R" else 0
+        assert (
+            ladder.count(config)
+            == count + wider
+            == sum(math.prod(one.shape) for one in models.parameters(config).values())
+        )
+        assert ladder.for_input(ladder.get(name), "auto").input == ("signal" if name[0] == "R" else "beats")
+    with pytest.raises(UsageError, match=r"unknown input 'beat'.*did you mean"):
+        ladder.for_input(ladder.get("R1"), "beat")
+
+
 @pytest.mark.parametrize("name", list(ladder.RUNGS))
 def test_golden(name):
     config = ladder.get(name)

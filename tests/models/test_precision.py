@@ -33,7 +33,7 @@ def _objective(arch, dtype):
 
 
 def _params(arch):
-    params = _objective(arch, "float32").init(jax.random.key(0), jnp.full(LABELS, 0.3))
+    params = _objective(arch, "float32").init(jax.random.key(0), {"prior": jnp.full(LABELS, 0.3)})
     # A head of ordinary size: at its start of almost nothing, no error of the encoder would reach the loss.
     head = jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape) / arch.features**0.5
     return {**params, "head": {**params["head"], "kernel": head}}

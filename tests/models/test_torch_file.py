@@ -2,7 +2,6 @@
 
 import io
 import json
-import struct
 import zipfile
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from hypothesis import strategies as st
+from torch_pickle import call, integer, made, old_file, pickle_of, reference, tensor, text, zip_file
 
 from ecg_jax.errors import DataError
 from ecg_jax.models import legacy, torch_file, weights
@@ -32,65 +32,6 @@ def published(config):
         names[ours]: rng.uniform(0.1, 1, weights._their_shape(config, ours, one.shape)).astype(np.float32)
         for ours, one in tables.items()
     }
-
-
-# --- the opcodes of torch.save, written by hand: torch is not needed to test its format
-
-
-def text(s):
-    return b"X" + struct.pack("<I", len(s.encode())) + s.encode()
-
-
-def integer(n):
-    return b"J" + struct.pack("<i", n)
-
-
-def numbers(values):
-    return b"(" + b"".join(map(integer, values)) + b"t"
-
-
-def call(name, args):
-    return b"c" + name.replace(" ", "\n").encode() + b"\n" + args + b"R"
-
-
-def reference(key, numel, kind="FloatStorage"):
-    named = b"ctorch\n" + kind.encode() + b"\n"
-    return b"(" + text("storage") + named + text(key) + text("cpu") + integer(numel) + b"tQ"
-
-
-def tensor(key, shape, numel=None, offset=0, strides=None):
-    strides = strides or [int(np.prod(shape[i + 1 :])) for i in range(len(shape))]
-    numel = int(np.prod(shape)) if numel is None else numel
-    args = reference(key, numel) + integer(offset) + numbers(shape) + numbers(strides) + b"\x89"
-    return call("torch._utils _rebuild_tensor_v2", b"(" + args + call("collections OrderedDict", b")") + b"t")
-
-
-def pickle_of(entries):
-    body = b"".join(text(key) + value for key, value in entries.items())
-    return b"\x80\x02}(" + text("model") + b"}(" + body + b"u" + text("epoch") + integer(3) + b"u."
-
-
-def entries_of(arrays):
-    return {key: tensor(str(i), array.shape) for i, (key, array) in enumerate(arrays.items())}
-
-
-def zip_file(arrays, pickled=None, compress=zipfile.ZIP_STORED):
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", compress) as archive:
-        archive.writestr("model/data.pkl", pickled or pickle_of(entries_of(arrays)))
-        archive.writestr("model/byteorder", "little")
-        for i, array in enumerate(arrays.values()):
-            archive.writestr(f"model/data/{i}", array.tobytes())
-    return out.getvalue()
-
-
-def old_file(arrays, pickled=None, little=b"\x88"):
-    keys = sorted(map(str, range(len(arrays))))
-    values = list(arrays.values())
-    head = torch_file.LEGACY_START + b"\x80\x02M\xe9\x03." + b"\x80\x02}" + text("little_endian") + little + b"s."
-    listed = b"\x80\x02](" + b"".join(map(text, keys)) + b"e."
-    raw = b"".join(struct.pack("<q", values[int(k)].size) + values[int(k)].tobytes() for k in keys)
-    return head + (pickled or pickle_of(entries_of(arrays))) + listed + raw
 
 
 @pytest.fixture
@@ -284,7 +225,17 @@ def test_damaged_files_are_read_or_refused_in_a_line(save, kind, data):
 
 OPCODES = [b"}", b"]", b")", b"(", b"t", b"u", b"s", b"e", b"a", b"Q", b"R", b"b", b"K\x01", b"N", b"q\x00", b"h\x00"]
 OPCODES += [text("storage"), text("0"), b"ctorch\nFloatStorage\n", b"ccollections\nOrderedDict\n", b"\x85", b"\x87"]
-OPCODES += [reference("0", 4), tensor("0", (4,)), b"ctorch._utils\n_rebuild_tensor_v2\n", b"0", b"\x81", b"l", b"."]
+OPCODES += [
+    made("argparse Namespace"),
+    b"cargparse\nNamespace\n",
+    reference("0", 4),
+    tensor("0", (4,)),
+    b"ctorch._utils\n_rebuild_tensor_v2\n",
+    b"0",
+    b"\x81",
+    b"l",
+    b".",
+]
 
 
 @hypothesis.settings(max_examples=300, deadline=None)

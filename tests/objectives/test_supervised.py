@@ -42,7 +42,7 @@ _grads = jax.jit(lambda objective, *args: jax.value_and_grad(objective.loss, has
 
 
 def _params(objective, prior=(0.4, 0.4, 0.4)):
-    return _init(objective, jax.random.key(0), jnp.asarray(prior))
+    return _init(objective, jax.random.key(0), {"prior": jnp.asarray(prior)})
 
 
 def test_make_is_memoised_and_refuses():
@@ -65,7 +65,7 @@ def test_compilation_is_shared_between_runs():
     run = jax.jit(loss, static_argnums=0)
     for seed, prior in ((0, 0.1), (1, 0.5)):
         objective = _make()
-        params = objective.init(jax.random.key(seed), jnp.full(3, prior))
+        params = objective.init(jax.random.key(seed), {"prior": jnp.full(3, prior)})
         run(objective, params, _batch(seed=seed))
     assert len(traced) == 1
 
@@ -180,7 +180,7 @@ def test_it_learns(arch):
         params, _ = objective.absorb(optax.apply_updates(params, updates), aux)
         return params, state, loss
 
-    params = jax.jit(objective.init)(jax.random.key(0), jnp.full(1, 0.4))
+    params = jax.jit(objective.init)(jax.random.key(0), {"prior": jnp.full(1, 0.4)})
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(params))  # each would cost a second compilation
     state, losses = jax.jit(adam.init)(params), []
     for _ in range(60):

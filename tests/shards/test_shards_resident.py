@@ -1,7 +1,10 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
 from ecg_jax.errors import DataError, UsageError
+from ecg_jax.records.windows import NO_CODE
 from ecg_jax.shards import tables
 from ecg_jax.shards.resident import Order, lane_layout, permute
 
@@ -95,3 +98,28 @@ def test_the_layout_holds_each_lane_and_padding(folder):
     assert lane_layout(table, table.capacity + 3).valid.shape == (8, table.capacity + 3, 2)
     with pytest.raises(ValueError, match="below the fullest"):
         lane_layout(table, 1)
+
+
+def test_only_the_fields_that_are_asked_for_are_laid_out(folder):
+    table = tables.load([folder], "train", "main")
+    codes = np.arange(len(table) * 256, dtype=np.uint16).reshape(-1, 256) % 999
+    table = dataclasses.replace(table, codes=codes)
+    default = lane_layout(table)
+    assert default.rpeaks is None and default.codes is None and default.signal is not None
+    lanes = lane_layout(table, fields=("valid", "rpeaks", "codes"))
+    assert lanes.signal is None and lanes.labels is None
+    assert (lanes.rpeaks.shape, lanes.rpeaks.dtype) == ((8, table.capacity, 50), np.int16)
+    assert (lanes.codes.shape, lanes.codes.dtype) == ((8, table.capacity, 256), np.uint16)
+    np.testing.assert_array_equal(lanes.counts, default.counts)
+    for lane, count in enumerate(lanes.counts):
+        mine = table.lane == lane
+        for name in ("valid", "rpeaks", "codes", "record_hash"):
+            np.testing.assert_array_equal(getattr(lanes, name)[lane, :count], getattr(table, name)[mine])
+        assert (lanes.rpeaks[lane, count:] == -1).all() and (lanes.codes[lane, count:] == NO_CODE).all()
+    assert (lanes.counts < table.capacity).any()  # so that there was something beyond a lane's end
+    with pytest.raises(UsageError, match="holds no codes; load the table with the folder of codes"):
+        lane_layout(dataclasses.replace(table, codes=None), fields=("rpeaks", "codes"))
+    with pytest.raises(UsageError, match="holds no rpeaks and no codes"):
+        lane_layout(dataclasses.replace(table, codes=None, rpeaks=None), fields=("rpeaks", "codes"))
+    with pytest.raises(UsageError, match="holds no sound"):
+        lane_layout(table, fields=("sound",))

@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,10 @@ def test_a_table_holds_what_the_shards_hold(folder, split, task):
     np.testing.assert_array_equal(table.age, np.array([row["age"] for row in rows], np.float32))
     np.testing.assert_array_equal(table.sex, np.array([row["sex"] for row in rows], np.float32))
     assert table.record_ids == [row["record_id"] for row in rows]
+    peaks = [row["rpeaks"].tolist() for row in rows]
+    assert max(map(len, peaks)) > min(map(len, peaks))
+    assert table.rpeaks.tolist() == [own + [-1] * (50 - len(own)) for own in peaks]
+    assert table.rpeaks.dtype == np.int16 and table.codes is None
     np.testing.assert_array_equal(table.lane, np.repeat([s.number % 8 for s in shards], [s.records for s in shards]))
     np.testing.assert_array_equal(table.record_hash, opened.index(split)["record"])
     np.testing.assert_array_equal(table.group_hash, opened.index(split)["group"])
@@ -56,6 +62,33 @@ def test_a_table_holds_what_the_shards_hold(folder, split, task):
         tiny_source.TASKS[task],
     )
     assert {a.dtype.name for a in (table.valid, table.lane)} == {"int32"}
+
+
+def test_a_table_without_a_task_has_no_labels(folder):
+    whole, bare = tables.load([folder], "train", "main"), tables.load([folder], "train", "")
+    assert bare.labels.shape == (len(whole), 0) and bare.label_names == () and bare.bayes is None
+    for name in ("signal", "valid", "rpeaks", "lane", "record_hash", "group_hash", "age"):
+        np.testing.assert_array_equal(getattr(bare, name), getattr(whole, name))
+    assert bare.record_ids == whole.record_ids
+    with pytest.raises(DataError, match="has no label 'a'"):
+        tables.load([folder], "train", "", labels=["a"])
+
+
+def test_a_whole_shard_is_read_as_stored(folder, second, tmp_path):
+    for path, n_leads in ((folder, 12), (second, 8)):
+        opened = open_folder(path)
+        for shard in opened.shards("train"):
+            rows = [schema.decode(p) for p in schema.read_frames(shard.path)]
+            found = tables.read_shard(opened, shard)
+            assert found.record_ids == [row["record_id"] for row in rows]
+            assert found.signal.shape == (shard.records, 1000, n_leads) and found.rpeaks.shape == (shard.records, 50)
+            for i, row in enumerate(rows):
+                np.testing.assert_array_equal(found.signal[i], row["signal"])
+                assert found.valid[i].tolist() == list(row["valid"])
+                assert found.rpeaks[i][found.rpeaks[i] >= 0].tolist() == row["rpeaks"].tolist()
+    few = open_folder(Path(convert(tiny_source.source(2, splits=True), tmp_path)["path"]))
+    assert min(shard.records for shard in few.shards("train")) == 0
+    assert sum(len(tables.read_shard(few, shard).signal) for shard in few.shards("train")) == 2
 
 
 def test_the_bayes_loss_of_a_table_is_that_of_the_card(folder):
@@ -246,3 +279,17 @@ def test_impossible_subsets(values):
 
 def test_subsets_are_values():
     assert dataclasses.replace(Subset(), fraction=0.5) == Subset(0.5)
+
+
+def test_a_folder_without_the_split_adds_nothing_where_another_has_it(folder, second, tmp_path):
+    few = tmp_path / "few" / "0.0.1"
+    shutil.copytree(second, few)
+    card = json.loads((few / "card.json").read_text())
+    del card["splits"]["val"]
+    card["files"] = [file for file in card["files"] if file["split"] != "val"]
+    (few / "card.json").write_text(json.dumps(card))
+    alone, both = tables.load([folder], "val", "main"), tables.load([folder, few], "val", "main")
+    np.testing.assert_array_equal(both.record_hash, alone.record_hash)
+    assert len(tables.load([folder, few], "train", "main")) > len(tables.load([folder], "train", "main"))
+    with pytest.raises(DataError, match=r"no split 'val', only"):
+        tables.load([few], "val", "main")

@@ -25,15 +25,15 @@ def _child() -> None:
     mesh.FSDP_BYTES = 1  # so that arrays of this tiny model are split too
     table, config = tiny_run.table(160, 1), tiny_run.config("model.rung=Td1")
     real, toy = supervised.make(ladder.get("Td1"), 3, crop=200), tiny_run.Toy()
-    prior, hyper, seed = np.full(3, 0.3, np.float32), optim.hyper(config.optim), np.uint32(0)
+    start, hyper, seed = {"prior": np.full(3, 0.3, np.float32)}, optim.hyper(config.optim), np.uint32(0)
     import ecg_jax.training.loop  # noqa: F401 - with all that training imports
 
     out = {"devices": len(jax.devices())}
     cases = ("one", real, 1, 1), ("eight", real, 8, 1), ("toy", toy, 1, 1), ("fsdp", toy, 8, 4)
     for name, objective, devices, fsdp in cases:
         where = mesh.make(8, devices, fsdp)
-        programs = step.build(objective, 3, where, 64, 8, False)
-        state = programs.init(seed, prior)
+        programs = step.build(objective, where, 64, 8, False)
+        state = programs.init(seed, start)
         placed = feed.place(table, where)
         inputs = feed.ResidentFeed(placed, where, 16, 0, False)
         rows, (entry,), (rate,) = inputs.take(0, np.full(1, 0.01, np.float32))
@@ -77,14 +77,14 @@ def _moved(folder, state, hyper, seed, inputs):
     saved = Checkpoints(folder, CheckpointConfig())
     saved.save(10, {"state": state._asdict()}, {"note": [1.5, None]}, wait=True)
     one = mesh.make(8, 1)
-    programs = step.build(tiny_run.Toy(), 3, one, 64, 8, False)
+    programs = step.build(tiny_run.Toy(), one, 64, 8, False)
     update, arrays, host = Checkpoints(folder, CheckpointConfig()).restore({"state": programs.abstract._asdict()})
     assert (update, host) == (10, {"note": [1.5, None]})
     rates = np.full(1, 0.01, np.float32)
     alone = feed.ResidentFeed(feed.place(tiny_run.table(160, 1), one), one, 16, 0, False)
     _, (there,) = programs.step(step.State(**arrays["state"]), *alone.take(10, rates), hyper, seed)
     many = mesh.make(8, 8, 4)
-    _, (here,) = step.build(tiny_run.Toy(), 3, many, 64, 8, False).step(state, *inputs.take(10, rates), hyper, seed)
+    _, (here,) = step.build(tiny_run.Toy(), many, 64, 8, False).step(state, *inputs.take(10, rates), hyper, seed)
     return [float(here["loss"]), float(there["loss"])]
 
 

@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 def toy(monkeypatch):
     """The toy objective in place of the supervised one, for six labels."""
     monkeypatch.setattr(tiny_run, "LABELS", ("a",) * 6)
-    monkeypatch.setattr(loop.supervised, "make", lambda *args, crop, **options: tiny_run.Toy(crop))
+    monkeypatch.setattr(loop.objectives, "make", lambda config, n, _: tiny_run.Toy(config.model.crop, n))
 
 
 def _config(folder, *overrides):

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import tiny_run
 
+from ecg_jax import objectives
 from ecg_jax.errors import DivergedError, UsageError
 from ecg_jax.evaluation import evalog
+from ecg_jax.models import ladder
 from ecg_jax.training import export, loop, metrics, runtime, step
 
 
 @pytest.fixture
 def toy(monkeypatch):
     """The toy objective in place of the supervised one."""
-    monkeypatch.setattr(loop.supervised, "make", lambda *args, crop, **options: tiny_run.Toy(crop))
+    monkeypatch.setattr(loop.objectives, "make", lambda config, n, _: tiny_run.Toy(config.model.crop, n))
 
 
 def _lines(path):
@@ -66,7 +68,7 @@ def test_a_run_leaves_what_the_design_names(toy, tables, tmp_path):
 def test_exported_encoder_is_the_selected_one(toy, tables, tmp_path):
     loop.train(tiny_run.config(), tmp_path / "run", tables=tables, quiet=True)
     arch, params, info = export.load_encoder(tmp_path / "run")
-    assert arch == loop.ladder.get("Td1") and info["labels"] == list(tiny_run.LABELS)
+    assert arch == ladder.get("Td1") and info["labels"] == list(tiny_run.LABELS)
     assert (info["scale"], info["crop"], info["rate"], info["unit"]) == ("gain", 200, 100, "mV")
     with np.load(tmp_path / "run" / "predictions.npz") as predictions:
         head_free = tiny_run.Toy()
@@ -206,19 +208,17 @@ def test_divergence_ends_the_run_and_is_recorded(toy, tables, tmp_path):
         loop.train(config, tmp_path / "run", tables=tables, quiet=True)
 
 
-def test_the_objective_gets_what_the_configuration_says(tables, tmp_path, monkeypatch):
+def test_the_objective_gets_what_the_configuration_says():
     """A switch of the model that never reaches the objective would look like a setting and be none."""
-    given = {}
 
-    def make(*args, **options):
-        given.update(options)
-        return tiny_run.Toy(options["crop"])
+    def front(*overrides):
+        return objectives.make(objectives.resolve(tiny_run.config(*overrides)), 3, None).front
 
-    monkeypatch.setattr(loop.supervised, "make", make)
-    for number, (override, name, value) in enumerate(
-        [("model.random_crop=false", "random_crop", False), ("model.scale=zscore", "scale", "zscore")]
-    ):
-        loop.train(tiny_run.config(override), tmp_path / f"run{number}", tables=tables, quiet=True)
-        assert given[name] == value
-    loop.train(tiny_run.config(), tmp_path / "plain", tables=tables, quiet=True)
-    assert given["random_crop"] is True
+    assert front().random_crop and not front("model.random_crop=false").random_crop
+    assert front("model.scale=zscore").scale == "zscore" and front("model.dropout=0.25").arch.dropout == 0.25
+    assert front("train.precision=bfloat16").dtype == "bfloat16"
+    on_beats = front("model.input=beats", "model.slots=96")
+    assert (on_beats.arch.input, on_beats.number, on_beats.arch.patch) == ("beats", 96, 96)
+    assert front("model.rung=R1", "model.input=auto").arch.input == "signal"
+    assert front("model.rung=T1", "model.input=auto").arch.input == "beats"
+    assert front("model.rung=R1", "model.norm=batch", "model.input=beats").arch.norm == "batch"

@@ -119,7 +119,7 @@ def test_coordinate_check(family, quick_compilation):
             features = objective.features(state.params, batch)
             return state, (features[:, :-1], objective.logits(state.params, batch))
 
-        params = objective.init(jax.random.key(0), jnp.full(3, 0.5))
+        params = objective.init(jax.random.key(0), {"prior": jnp.full(3, 0.5)})
         zeros, zero = jax.tree.map(jnp.zeros_like, params), jnp.int32(0)
         config, factors = OptimConfig(weight_decay=0.0, clip=0.0), optim.width_factors(objective, NARROW)
         found = []

@@ -29,7 +29,7 @@ PLATEAU = (
 @pytest.fixture
 def toy(monkeypatch):
     """The toy objective in place of the supervised one."""
-    monkeypatch.setattr(loop.supervised, "make", lambda *args, crop, **options: tiny_run.Toy(crop))
+    monkeypatch.setattr(loop.objectives, "make", lambda config, n, _: tiny_run.Toy(config.model.crop, n))
 
 
 def _resumed(run):

@@ -30,11 +30,11 @@ def objective():
 
 @pytest.fixture(scope="module")
 def programs(mesh, objective):
-    return step.build(objective, K, mesh, 64, 8, False)
+    return step.build(objective, mesh, 64, 8, False)
 
 
 def _start(programs, seed=0):
-    return programs.init(jnp.uint32(seed), jnp.full(K, 0.3))
+    return programs.init(jnp.uint32(seed), {"prior": jnp.full(K, 0.3)})
 
 
 def _feed(tables, mesh, scan=False):
@@ -102,7 +102,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(tables, mesh
 
 
 def test_scanned_steps_equal_single_steps(tables, mesh, objective, programs):
-    scanned = step.build(objective, K, mesh, 64, 8, True)
+    scanned = step.build(objective, mesh, 64, 8, True)
     rates, hyper = np.array([1e-3, 2e-3, 3e-3], np.float32), optim.hyper(tiny_run.config().optim)
     one, a = programs.step(_start(programs), *_feed(tables, mesh).take(4, rates), hyper, jnp.uint32(0))
     args = _feed(tables, mesh, scan=True).take(4, rates)
@@ -166,7 +166,7 @@ def test_micro_batches_give_the_update_of_the_batch(tables, mesh, arch, quick_co
     hyper = optim.hyper(tiny_run.config("optim.eps=1e-3", "optim.clip=0.01").optim)
     rates, found, loops = np.full(1, 1e-3, np.float32), [], []
     for parts in (1, 2):
-        programs = step.build(objective, K, mesh, 64, 8, False, parts)
+        programs = step.build(objective, mesh, 64, 8, False, parts)
         rows, inputs, there = _feed(tables, mesh).take(2, rates)
         args = rows, inputs[0], there[0], hyper, jnp.uint32(0)
         state = _start(programs)
@@ -224,7 +224,7 @@ def test_batch_norm_learns_statistics_from_micro_batches(tables, mesh, quick_com
     hyper, rates = optim.hyper(tiny_run.config().optim), np.full(1, 1e-3, np.float32)
     means = []
     for parts in (1, 2):
-        programs = step.build(objective, K, mesh, 64, 8, False, parts)
+        programs = step.build(objective, mesh, 64, 8, False, parts)
         rows, inputs, there = _feed(tables, mesh).take(2, rates)
         state, _ = programs.step(_start(programs), rows, inputs, there, hyper, jnp.uint32(0))
         means.append(np.asarray(state.params["encoder"]["stem_norm_running_mean"]))
@@ -235,14 +235,14 @@ def test_batch_norm_learns_statistics_from_micro_batches(tables, mesh, quick_com
 def test_a_sweep_compiles_once(tables, mesh):
     """Peak rate, decay, clipping, betas, horizon, warm-up and seed are values; another batch is another program."""
     runtime.compiles.listen()
-    programs = step.build(tiny_run.Toy(), K, mesh, 64, 8, False)
+    programs = step.build(tiny_run.Toy(), mesh, 64, 8, False)
     source = _feed(tables, mesh)
 
     def train(*overrides):
         config = tiny_run.config(*overrides)
         control = recipe.Controller(recipe.plan(config, 160, 64))
         hyper, seed, used = optim.hyper(config.optim), np.uint32(config.train.seed), []
-        state = programs.init(seed, np.full(K, 0.3, np.float32))
+        state = programs.init(seed, {"prior": np.full(K, 0.3, np.float32)})
         while control.phase != "end":
             rates = control.rates()
             state, _ = programs.step(state, *source.take(control.step, rates), hyper, seed)

@@ -13,6 +13,7 @@ import numpy as np
 
 from ecg_jax import config as config_lib
 from ecg_jax.config import Config
+from ecg_jax.models import flops, ladder
 from ecg_jax.objectives import supervised
 from ecg_jax.records.leads import LEADS
 from ecg_jax.shards.tables import Table
@@ -21,6 +22,7 @@ LABELS = ("up", "slow", "rare")
 BASE = (
     "data.task=tiny",
     "model.rung=Td1",
+    "model.input=signal",
     "model.crop=200",
     "optim.lr=0.05",
     "optim.warmup_steps=4",
@@ -38,11 +40,27 @@ class Toy:
     """Stands for `supervised.Objective` where the model does not matter: one hidden layer, compiled in no time."""
 
     crop: int = 200
-    dtype = "float32"
+    n_labels: int = len(LABELS)
+    arch = ladder.get("Td1")
+    fields = ("signal", "labels")
+    mean = supervised.Objective.mean
 
-    def init(self, key, prior):
+    @property
+    def columns(self):
+        return tuple(map(str, range(self.n_labels)))
+
+    @property
+    def start(self):
+        return {"prior": jax.ShapeDtypeStruct((self.n_labels,), jnp.float32)}
+
+    @property
+    def training_flops(self):
+        return flops.training_flops(self.arch, self.crop)
+
+    def init(self, key, start):
+        prior = start["prior"]
         kernel = jax.random.normal(key, (len(LEADS), 8)) * 0.3
-        head = {"kernel": jnp.full((8, len(LABELS)), 0.1), "bias": jnp.log(prior) - jnp.log1p(-prior)}
+        head = {"kernel": jnp.full((8, self.n_labels), 0.1), "bias": jnp.log(prior) - jnp.log1p(-prior)}
         return {"encoder": {"stem_kernel": kernel, "stem_bias": jnp.zeros(8)}, "head": head}
 
     def loss(self, params, batch, keys):
@@ -106,7 +124,7 @@ if __name__ == "__main__":
     from ecg_jax.errors import EcgJaxError
     from ecg_jax.training import loop
 
-    loop.supervised.make = lambda *args, crop, **options: Toy(crop)
+    loop.objectives.make = lambda config, n, _: Toy(config.model.crop, n)
     try:
         loop.train(config(*sys.argv[2:]), sys.argv[1], tables=tables(), quiet=True)
     except EcgJaxError as error:

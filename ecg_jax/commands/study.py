@@ -1,0 +1,88 @@
+"""`fit`, `demo` and `doctor`: laws out of eval logs, the whole path at once, and the state of the machine."""
+
+import argparse
+from pathlib import Path
+
+from ecg_jax.commands.common import add, key_values, show
+from ecg_jax.errors import MachineError
+
+
+def fit(commands) -> None:
+    example = "fit runs/* --out report"
+    parser = add(commands, "fit", "scaling laws and multipliers with intervals, and a report", example, _run_fit)
+    parser.add_argument(
+        "tables", nargs="+", type=Path, metavar="EVALS|RUNS", help="eval logs (JSONL, CSV), run folders"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--form", default="auto")
+    parser.add_argument("--loss", default="log-huber", help="log-huber, lad, ls, ls-log")
+    parser.add_argument("--delta", type=float, help="of log-huber (default: 1.345 robust standard deviations)")
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N")
+    parser.add_argument("--level", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--columns", default="", metavar="n_params=N,value=loss", help="names of the table's columns")
+    parser.add_argument("--melt", default="", metavar="loss_id,loss_ood_a", help="loss columns of a wide table")
+    parser.add_argument("--metric", help="of several in the table, the one to fit")
+    parser.add_argument("--predict", type=Path, metavar="TABLE", help="runs planned or held back, to be predicted")
+    parser.add_argument("--title", help="heading of the report")
+    parser.add_argument("--json", action="store_true")
+
+
+def _run_fit(args: argparse.Namespace) -> int:
+    from ecg_jax.scaling.fit import fit, result_lines
+
+    result = fit(
+        args.tables,
+        args.out,
+        form=args.form,
+        loss=args.loss,
+        delta=args.delta,
+        bootstrap=args.bootstrap,
+        level=args.level,
+        seed=args.seed,
+        columns=key_values([pair for pair in args.columns.split(",") if pair]),
+        melt=[name for name in args.melt.split(",") if name],
+        metric=args.metric,
+        predict=args.predict,
+        title=args.title,
+    )
+    show(result, args.json, result_lines)
+    return 0
+
+
+def demo(commands) -> None:
+    parser = add(
+        commands,
+        "demo",
+        "all of it on simulated ECG: two CPU cores, five minutes",
+        "demo --out demo",
+        _run_demo,
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a second run reuses what is done")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _run_demo(args: argparse.Namespace) -> int:
+    from ecg_jax.demo import demo
+
+    demo(args.out, seed=args.seed)
+    return 0
+
+
+def doctor(commands) -> None:
+    parser = add(
+        commands,
+        "doctor",
+        "versions, devices, caches; what is wrong and how to mend it",
+        "doctor",
+        _run_doctor,
+    )
+    parser.add_argument("--json", action="store_true")
+
+
+def _run_doctor(args: argparse.Namespace) -> int:
+    from ecg_jax.doctor import examine, report_lines
+
+    result = examine()
+    show(result, args.json, report_lines)
+    return 0 if not result["problems"] else MachineError.exit_code
