@@ -55,6 +55,7 @@ TRAINING = [
 ]
 CODEBOOK = [
     "objective.name=codebook",
+    "model.slots=96",  # of longer records the eight beats in the middle, which are those that the crop shows
     "data.subset_records=2048",
     "codebook.codes=64",
     "codebook.code_dim=16",
@@ -67,9 +68,9 @@ CODEBOOK = [
     "optim.lr=2e-3",
     "optim.warmup_steps=20",
     "recipe.kind=steps",
-    "recipe.steps=200",
-    "recipe.eval_every=100",
-    "train.batch=32",
+    "recipe.steps=120",
+    "recipe.eval_every=60",
+    "train.batch=16",
 ]
 
 

@@ -109,6 +109,7 @@ def probe_run(
         "records": {name: len(splits[name].record_ids) for name in SPLITS},
         "patients": {name: len(np.unique(splits[name].group_hash)) for name in SPLITS},
         "test_data": digest,
+        "lineage": list(dict.fromkeys(entry["dataset"] for entry in run.lineage)),
         "encoders": {model: encoder.digest for model, encoder in encoders.items()},
         "intervals": {"resamples": bootstrap, "level": level, "unit": "patient", "seed": RESAMPLING_SEED},
         "left_out": scored.left_out(),
@@ -249,6 +250,8 @@ def result_lines(report: Mapping[str, Any]) -> list[str]:
     drawn, patients = report["intervals"], report["patients"]["test"]
     lines = [f"{report['run']} on {report['dataset']} {report['task']}: {counts} records"]
     lines.append(f"{drawn['level']:.0%} intervals, {drawn['resamples']} resamples of {patients} patients")
+    seen = ", ".join(report["lineage"]) or "unknown data"
+    lines.append(f"the encoder, with its codebook if it has one, was trained on {seen}")
     for result in report["results"]:
         note = "" if result["stopped_by"] == "validation" else ", still improving at the last: raise epochs_max"
         lines.append(f"{result['model']} encoder, probe seed {result['seed']}, epoch {result['epoch']}{note}")

@@ -6,15 +6,16 @@ on beats, the projected frame of its own slot. A matrix of its lead and GELU fol
 space of the codebook and the inner product with its frozen rows ("factorised"), or a matrix of its own ("full"), with a
 bias per code. Only targets get that far. Not part of an encoder, and counted apart from its N.
 
-Invariants: places without a target change no result and no gradient; the loss and its gradient never hold more logits
-than CHUNK_BYTES, or those of one target of each record.
+Invariants: places without a target change no result and no gradient, and are not told codes of; the loss and its
+gradient never hold more logits than CHUNK_BYTES, or those of GROUPS targets.
 
-Shapes: B records, K targets, F frames, D channels of a frame, R = READ, L leads, M targets of a lead, N codes, d
-features of a code.
+Shapes: B records, K targets, F frames, D channels of a frame, R = READ, L leads, M targets of a lead (or of a group of
+records), G groups, C targets scored at once, N codes, d features of a code.
 """
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -31,7 +32,8 @@ COARSE = 16  # samples: stages of a ResNet at this stride and above are read
 HEADS = ("factorised", "full")
 START_GAIN = 0.01  # variance of the last matrix at the start, relative to 1 / inputs: first losses are the prior's
 LEAST = 1e-3  # probability that the starting bias spreads evenly over all codes
-CHUNK_BYTES = 16 << 20 if jax.default_backend() == "cpu" else 512 << 20  # of logits; on CPU, what stays near the cores
+GROUPS = 8  # of neighbouring records, whose targets are put together: as many as the lanes that devices share
+CHUNK_BYTES = 4 << 20 if jax.default_backend() == "cpu" else 32 << 20  # of logits; on CPU, what stays near the cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +166,7 @@ def score(
     """(sum of weight x cross-entropy, cross-entropy [B, K] in nats, whether the most likely code is right [B, K]).
 
     Gradients flow through the first only, and not to the codebook or `weight`. Logits are float32, of products in
-    `precision`. Where `weight` is 0 the other two mean nothing.
+    `precision`. Where `weight` is 0 the other two are.
     """
     if readout.head == "factorised":
         points_BxKxd = jnp.dot(features_BxKxR, head["code_kernel"], precision=precision)
@@ -187,11 +189,11 @@ def cross_entropy(
     weight_BxK: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(sum of weight x cross-entropy, cross-entropy [B, K], most likely code is right float32 [B, K]) of logits
-    points . rows + bias.
+    points . rows + bias; the last two are 0 where `weight` is.
 
-    A few targets of each record at a time. The gradient of the sum is made in the same pass, while the logits are
-    there, so nothing is kept or computed again; it needs `weight` beforehand, which is why that is an argument. To
-    `points`, `bias` and, with `learned`, `rows`.
+    Places of weight 0 are not computed: most records have about half the beats that there is room for. The gradient of
+    the sum is made in the same pass, while the logits are there, so nothing is kept or computed again; it needs
+    `weight` beforehand, which is why that is an argument. To `points`, `bias` and, with `learned`, `rows`.
     """
     return _in_turns(precision, points_BxKxd, rows_Nxd, bias_N, code_BxK, weight_BxK, None)[0]
 
@@ -210,58 +212,81 @@ def _backward(learned, precision, slopes, cotangents):
 cross_entropy.defvjp(_forward, _backward)
 
 
-def turns(batch: int, targets: int, codes: int) -> int:
-    """In how many turns the targets of a batch are scored."""
-    return min(targets, -(-4 * batch * targets * codes // CHUNK_BYTES))
+def turn_size(groups: int, places: int, codes: int) -> int:
+    """How many places of each group are scored at once."""
+    return max(1, min(places, CHUNK_BYTES // (4 * groups * codes)))
 
 
 def _in_turns(precision, points_BxKxd, rows_Nxd, bias_N, code_BxK, weight_BxK, learned: bool | None):
-    """(results, slopes of their total): no slopes where `learned` is None, none to the rows where it is False."""
-    batch, targets, _ = points_BxKxd.shape
-    number = turns(batch, targets, len(rows_Nxd))
-    size = -(-targets // number)
+    """(results, slopes of their total): no slopes where `learned` is None, none to the rows where it is False.
+
+    Groups of neighbouring records put their places of weight first, and all groups go through theirs side by side, as
+    far as the fullest needs: records of different groups may lie on different devices.
+    """
+    groups = math.gcd(len(points_BxKxd), GROUPS)
     product = functools.partial(jnp.einsum, precision=precision)
+    weight_GxM = weight_BxK.reshape(groups, -1)
+    places = weight_GxM.shape[1]
+    order_GxM = jnp.argsort(weight_GxM == 0, axis=1, stable=True)
+    back_GxM = jnp.argsort(order_GxM, axis=1)
+    size = turn_size(groups, places, len(rows_Nxd))
+    number = (jnp.max((weight_GxM != 0).sum(1)) + size - 1) // size
 
-    def turn(sums, part):
-        points_BxCxd, code_BxC, weight_BxC = part
-        logits_BxCxN = product("bcd,nd->bcn", points_BxCxd, rows_Nxd) + bias_N
-        top = logits_BxCxN.max(-1, keepdims=True)
-        share = jnp.exp(logits_BxCxN - top)
+    def laid(x: jax.Array) -> jax.Array:
+        x = x.reshape(groups, places, *x.shape[2:])
+        x = jnp.take_along_axis(x, order_GxM.reshape(groups, places, *(1,) * (x.ndim - 2)), axis=1)
+        return jnp.pad(x, ((0, 0), (0, -places % size)) + ((0, 0),) * (x.ndim - 2))
+
+    def returned(x: jax.Array) -> jax.Array:
+        x = jnp.take_along_axis(x, back_GxM.reshape(groups, places, *(1,) * (x.ndim - 2)), axis=1)
+        return x.reshape(*weight_BxK.shape, *x.shape[2:])
+
+    points_GxMxd, code_GxM, weight_GxM = map(laid, (points_BxKxd, code_BxK, weight_BxK))
+
+    def turn(carry):
+        at, found, sums = carry
+        points, code, weight = (
+            jax.lax.dynamic_slice_in_dim(x, at * size, size, axis=1) for x in (points_GxMxd, code_GxM, weight_GxM)
+        )
+        logits_GxCxN = product("gcd,nd->gcn", points, rows_Nxd) + bias_N
+        top = logits_GxCxN.max(-1, keepdims=True)
+        share = jnp.exp(logits_GxCxN - top)
         total = share.sum(-1, keepdims=True)
-        own = jnp.take_along_axis(logits_BxCxN, code_BxC[:, :, None], axis=2)
-        ce_BxC = (jnp.log(total) + top - own)[:, :, 0]
-        right_BxC = (own >= top)[:, :, 0].astype(jnp.float32)
-        if learned is None:
-            return sums, (ce_BxC, right_BxC)
-        is_code = jnp.arange(len(rows_Nxd)) == code_BxC[:, :, None]
-        slope_BxCxN = (share / total - is_code) * weight_BxC[:, :, None]
-        to_bias, to_rows = sums
-        to_bias = to_bias + slope_BxCxN.sum((0, 1))
+        own = jnp.take_along_axis(logits_GxCxN, code[:, :, None], axis=2)
+        scored = weight != 0
+        ce = jnp.where(scored, (jnp.log(total) + top - own)[:, :, 0], 0)
+        parts = [ce, (scored & (own >= top)[:, :, 0]).astype(jnp.float32)]
+        if learned is not None:
+            # `where`, not a product: a place of weight 0 may hold anything.
+            is_code = jnp.arange(len(rows_Nxd)) == code[:, :, None]
+            slope_GxCxN = jnp.where(scored[:, :, None], (share / total - is_code) * weight[:, :, None], 0)
+            parts.append(product("gcn,nd->gcd", slope_GxCxN, rows_Nxd))
+            new = [slope_GxCxN.sum(1)]
+            if learned:
+                own_points = jnp.where(scored[:, :, None], points, 0)
+                new.append(product("gcn,gcd->gnd", slope_GxCxN, own_points))
+            sums = [old + more for old, more in zip(sums, new, strict=True)]
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at * size, axis=1)
+        return at + 1, [put(old, part) for old, part in zip(found, parts, strict=True)], sums
+
+    found = [jnp.zeros(weight_GxM.shape, jnp.float32)] * 2
+    sums: list[jax.Array] = []
+    if learned is not None:
+        found.append(jnp.zeros(points_GxMxd.shape, jnp.float32))
+        sums = [jnp.zeros((groups, len(rows_Nxd)))]  # by group, so that devices add up once, at the end
         if learned:
-            to_rows = to_rows + product("bcn,bcd->nd", slope_BxCxN, points_BxCxd)
-        return (to_bias, to_rows), (ce_BxC, right_BxC, product("bcn,nd->bcd", slope_BxCxN, rows_Nxd))
-
-    # Turns go over targets, not records: records may lie on different devices.
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, number * size - targets)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(batch, number, size, *x.shape[2:]).swapaxes(0, 1)
-
-    def join(x):
-        return x.swapaxes(0, 1).reshape(batch, number * size, *x.shape[3:])[:, :targets]
-
-    sums = (jnp.zeros_like(bias_N), jnp.zeros_like(rows_Nxd) if learned else jnp.zeros((), jnp.float32))
-    sums, parts = jax.lax.scan(turn, sums, tuple(map(split, (points_BxKxd, code_BxK, weight_BxK))))
-    ce, right, *to_points = map(join, parts)
-    results = (jnp.where(weight_BxK != 0, ce * weight_BxK, 0).sum(), ce, right)
+            sums.append(jnp.zeros((groups, *rows_Nxd.shape)))
+    _, found, sums = jax.lax.while_loop(lambda carry: carry[0] < number, turn, (0, found, sums))
+    ce, right, *to_points = map(returned, found)
+    results = ((ce * weight_BxK).sum(), ce, right)
     if learned is None:
         return results, None
-    to_bias, to_rows = sums
-    to_rows = to_rows if learned else jnp.zeros_like(rows_Nxd)
-    return results, (*to_points, to_rows, to_bias, code_BxK, weight_BxK)
+    to_rows = sums[1].sum(0) if learned else jnp.zeros_like(rows_Nxd)
+    return results, (*to_points, to_rows, sums[0].sum(0), code_BxK, weight_BxK)
 
 
 def macs(readout: Readout, length: int, targets: int) -> int:
-    """Multiply-adds of one forward pass over one record, `length` samples (or slots) and `targets` places, as
+    """Multiply-adds of one forward pass over one record of `length` samples (or slots) and `targets` targets, as
     `models.flops` counts.
     """
     total = readout.leads * readout.per_lead * READ * READ

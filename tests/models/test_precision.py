@@ -82,5 +82,5 @@ def test_what_is_computed_in_which_type(name):
 
 
 def test_default_precision_follows_the_backend():
-    chosen = supervised.make(ladder.get("R1"), LABELS, crop=CROP).dtype
+    chosen = supervised.make(ladder.get("R1"), LABELS, crop=CROP).front.dtype
     assert chosen == ("float32" if jax.default_backend() == "cpu" else "bfloat16")

@@ -21,19 +21,21 @@ def _plain(points, rows, bias, code, weight):
     return (ce * weight).sum(), ce
 
 
-def _numbers(seed=0):
+def _numbers(seed=0, batch=BATCH):
     rng = np.random.default_rng(seed)
-    points, rows, bias = (rng.normal(size=s).astype(np.float32) for s in ((BATCH, TARGETS, DIM), (CODES, DIM), CODES))
-    code = jnp.asarray(rng.integers(0, CODES, (BATCH, TARGETS)))
-    weight = (rng.random((BATCH, TARGETS)) * (rng.random((BATCH, TARGETS)) < 0.8)).astype(np.float32)
+    points, rows, bias = (rng.normal(size=s).astype(np.float32) for s in ((batch, TARGETS, DIM), (CODES, DIM), CODES))
+    best = (np.einsum("bkd,nd->bkn", 3 * points, rows) + bias).argmax(-1)
+    code = jnp.asarray(np.where(np.arange(TARGETS) % 3, rng.integers(0, CODES, best.shape), best))
+    share = np.linspace(0, 1, batch)[:, None]  # of the places: none in the first record, all in the last
+    weight = (rng.random((batch, TARGETS)) * (rng.random((batch, TARGETS)) < share)).astype(np.float32)
     return 3 * points, rows, bias, code, weight
 
 
-@pytest.mark.parametrize("turns", [1, 3, 7])
-def test_cross_entropy_and_gradient_are_the_definitions(monkeypatch, turns):
-    monkeypatch.setattr(readout, "CHUNK_BYTES", -(-4 * BATCH * TARGETS * CODES // turns))
-    assert readout.turns(BATCH, TARGETS, CODES) == turns
-    points, rows, bias, code, weight = _numbers()
+@pytest.mark.parametrize("batch, groups, size", [(3, 1, 21), (3, 1, 1), (3, 1, 5), (16, 8, 3), (4, 4, 7)])
+def test_cross_entropy_and_gradient_are_the_definitions(monkeypatch, batch, groups, size):
+    monkeypatch.setattr(readout, "CHUNK_BYTES", 4 * groups * size * CODES)
+    assert readout.turn_size(groups, batch // groups * TARGETS, CODES) == size
+    points, rows, bias, code, weight = _numbers(batch=batch)
 
     def wanted(points, rows, bias):
         total, ce = _plain(points, rows, bias, code, weight)
@@ -46,12 +48,13 @@ def test_cross_entropy_and_gradient_are_the_definitions(monkeypatch, turns):
     (total, ce), slopes = jax.value_and_grad(wanted, argnums=(0, 1, 2), has_aux=True)(points, rows, bias)
     (own, (own_ce, right)), own_slopes = jax.value_and_grad(got, argnums=(0, 1, 2), has_aux=True)(points, rows, bias)
     assert float(own) == pytest.approx(float(total), rel=1e-6)
-    assert np.allclose(own_ce, ce, atol=1e-5)
+    scored = weight > 0
+    assert np.allclose(own_ce, ce * scored, atol=1e-5) and 0.3 < scored.mean() < 0.7
     for a, b in zip(own_slopes, slopes, strict=True):
         assert np.abs(b).max() > 0.01 and np.allclose(a, b, atol=1e-5)
     best = (np.einsum("bkd,nd->bkn", points, rows) + bias).argmax(-1)
-    assert np.array_equal(right, best == code) and 0 < np.mean(right) < 1
-    assert np.allclose(got(points, rows, bias)[1][0], ce, atol=1e-5)  # without a gradient
+    assert np.array_equal(right, (best == code) & scored) and 0 < np.mean(right) < 1
+    assert np.allclose(got(points, rows, bias)[1][0], ce * scored, atol=1e-5)  # without a gradient
     frozen = jax.grad(lambda r: readout.cross_entropy(False, "highest", points, r, bias, code, weight)[0])(rows)
     assert np.all(frozen == 0)
 
@@ -59,14 +62,20 @@ def test_cross_entropy_and_gradient_are_the_definitions(monkeypatch, turns):
 def test_places_without_weight_may_hold_anything():
     points, rows, bias, code, weight = _numbers()
     assert (weight == 0).any()
-    wild = jnp.where(weight[:, :, None] == 0, 1e30, points)
+    wild = jnp.where(weight[:, :, None] == 0, jnp.nan, points)
 
     def total(points, rows, bias):
         return readout.cross_entropy(True, "highest", points, rows, bias, code, weight)[0]
 
     assert float(total(wild, rows, bias)) == float(total(jnp.asarray(points), rows, bias))
-    slopes = jax.grad(total, argnums=(0, 1))(jnp.where(weight[:, :, None] == 0, 1e4, points), rows, bias)
+    slopes = jax.grad(total, argnums=(0, 1))(wild, rows, bias)
     assert all(np.isfinite(s).all() for s in slopes) and np.all(np.asarray(slopes[0])[weight == 0] == 0)
+
+
+def test_nothing_to_score():
+    points, rows, bias, code, weight = _numbers()
+    total, ce, right = readout.cross_entropy(True, "highest", points, rows, bias, code, 0 * weight)
+    assert float(total) == 0 and not np.any(ce) and not np.any(right)
 
 
 def _targets(seed=0, leads=12, length=320, slots=20):
@@ -182,7 +191,7 @@ def test_the_start_tells_codes_by_their_prior(head):
 
 @pytest.mark.parametrize("head", readout.HEADS)
 @pytest.mark.parametrize("world", ["signal", "beats", "patches"])
-def test_macs_are_those_of_the_program(world, head):
+def test_macs_are_those_of_the_program(monkeypatch, world, head):
     arch = ladder.TransformerConfig(8, 1, 1, patch=40) if world == "patches" else ladder.for_input(RESNET, world)
     own, made = _made(arch, on_beats=world == "beats", head=head)
     targets = _targets()
@@ -193,6 +202,7 @@ def test_macs_are_those_of_the_program(world, head):
         features = readout.features(own, made, frames, targets)
         return readout.score(own, made, features, targets.slot % CODES, targets.there * 1.0, precision="highest")
 
+    monkeypatch.setattr(readout, "CHUNK_BYTES", 1 << 30)  # one turn
     products = [0]
 
     def count(jaxpr):
