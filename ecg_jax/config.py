@@ -66,6 +66,7 @@ class ObjectiveConfig:
     ratio: float = 0.5  # share of the beats that is hidden
     padding: bool = False  # HeartLang's way: masks fall on padding too, and it is scored
     head: Literal["factorised", "full"] = "factorised"  # through the frozen codebook, or a matrix of its own
+    baseline_steps: int = 500  # of the linear baseline that the loss is shown beside
 
 
 @dataclass(frozen=True)
@@ -331,6 +332,7 @@ def _check_ranges(config: Config, where: str) -> None:
         ("model.dropout", m.dropout, 0 <= m.dropout < 1, "in [0, 1)"),
         ("model.slots", m.slots, m.slots >= 0, "0 (as many as can be) or more"),
         ("objective.ratio", j.ratio, 0 < j.ratio < 1, "in (0, 1)"),
+        ("objective.baseline_steps", j.baseline_steps, j.baseline_steps >= 1, "1 or more"),
         ("codebook.codes", b.codes, 2 <= b.codes <= 65535, "between 2 and 65535"),
         *((f"codebook.{name}", getattr(b, name), getattr(b, name) >= 1, "1 or more") for name in CODEBOOK_SIZES),
         ("codebook.decay", b.decay, 0 < b.decay < 1, "in (0, 1)"),

@@ -40,6 +40,7 @@ slots = 96
 name = "masked_codes"
 codebook = "BOOK"
 masking = "beat"
+baseline_steps = 20
 [optim]
 lr = 1e-2
 warmup_steps = 2

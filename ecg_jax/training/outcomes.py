@@ -139,7 +139,9 @@ def _baselines(run: Any) -> dict[str, Any]:
     digests = tuple(data.facts[split]["digest"] for split in ("train", "val", "test"))
     key = (asked, objective.front.on_beats, data.book.id, digests)
     if key not in _known_baselines:
-        scored = code_baselines.score(objective, data.some, data.val, data.test, data.start["codebook"])
+        steps = run.config.objective.baseline_steps
+        tables = data.some, data.val, data.test
+        scored = code_baselines.score(objective, *tables, data.start["codebook"], steps=steps)
         _known_baselines[key] = scored
     return _known_baselines[key]
 
