@@ -3,10 +3,13 @@
     python tools/bench_step.py --rung R4 T4
     python tools/bench_step.py --rung R8 --against torch --pairs 9 --csv steps.csv
     python tools/bench_step.py --rung T12 --precision bf16 --batch 256 --steps-per-dispatch 4
+    python tools/bench_step.py --rung R4 T4 --objective masked_codes
+    python tools/bench_step.py --objective codebook --batch 4
 
 The step is the one that training runs (`training/step`): gather from resident int16 records, cast and scale, loss,
-gradient, clipping, AdamW, guard. Records are random and wholly valid. By default ResNets see 12 x 1024 samples and
-Transformers 252 tokens (12 leads x 21 patches of 48 samples).
+gradient, clipping, AdamW, guard. Records are random and wholly valid, with 12 beats and random codes. By default
+ResNets see 12 x 1024 samples; Transformers 252 tokens: patches of 48 samples (12 leads x 21) when they learn labels,
+beats when they learn codes.
 
 `--against torch` builds the same network in PyTorch (`torch_nets.py`; install PyTorch beside this package), copies
 our starting parameters into it, insists that loss and gradients agree to 1e-4, and then times both in turn, in the
@@ -43,15 +46,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ecg_jax import objectives
 from ecg_jax.config import OptimConfig
-from ecg_jax.models import flops, ladder
+from ecg_jax.models import flops, ladder, vqhbr
 from ecg_jax.models.inputs import to_input
 from ecg_jax.models.ladder import Config, ResNet1dConfig
-from ecg_jax.objectives import supervised
+from ecg_jax.objectives import codebook, masked_codes, supervised
+from ecg_jax.records.windows import MAX_PEAKS, SLOTS
 from ecg_jax.training import mesh as mesh_lib
-from ecg_jax.training import optim, step
+from ecg_jax.training import optim, runtime, step
 
-LABELS = 6
+LABELS, CODES, CODE_DIM = 6, 512, 128
+SAMPLES, BEATS = 1000, 12  # of a stored record
 TOLERANCE = 1e-4  # of loss and gradients beside PyTorch
 CHECKED, DRAWS = 2, 4  # records of a comparison, and comparisons of which one must agree: see `beside`
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
@@ -60,8 +66,13 @@ OPTIM = OptimConfig()
 
 def network(args: argparse.Namespace, rung: str) -> tuple[Config, int, int]:
     """(configuration, samples, batch) of a rung, with the defaults of the benchmark."""
-    config = ladder.get(rung, norm=args.norm)
-    if isinstance(config, ResNet1dConfig):
+    if args.objective == "codebook":
+        return vqhbr.Config(), SAMPLES, args.batch or 16
+    world = args.input or ("signal" if args.objective == "supervised" else "auto")
+    config = ladder.for_input(ladder.get(rung, norm=args.norm), world)
+    if config.input == "beats":
+        crop, batch = args.crop or SAMPLES, 32 if isinstance(config, ResNet1dConfig) else 16
+    elif isinstance(config, ResNet1dConfig):
         crop, batch = args.crop or 1024, 32
     else:
         patch = args.patch or (48 if rung not in ladder.DEMO_RUNGS else config.patch)
@@ -71,37 +82,67 @@ def network(args: argparse.Namespace, rung: str) -> tuple[Config, int, int]:
     return config, crop, args.batch or batch
 
 
+def learning(args: argparse.Namespace, config: Config | vqhbr.Config, crop: int) -> Any:
+    """The objective of a configuration."""
+    dtype = PRECISIONS[args.precision]
+    if args.objective == "codebook":
+        return codebook.make(config, sample=64, dtype=dtype)
+    if args.objective == "masked_codes":
+        return masked_codes.make(config, CODES, CODE_DIM, masking="beat", crop=crop, dtype=dtype)
+    return supervised.make(config, LABELS, crop=crop, dtype=dtype)
+
+
 def records(samples: int, number: int, lanes: int) -> dict[str, np.ndarray]:
     """Random resident rows [lanes, number / lanes, ...]: smooth noise of a few hundred microvolt, wholly valid; every
-    label is known.
+    label is known; BEATS beats and random codes.
     """
     rng, shape = np.random.default_rng(0), (lanes, -(-number // lanes))
     noise = rng.normal(0, 150, (*shape, samples + 4, 12))
     smooth = sum(noise[:, :, i : i + samples] for i in range(5))
+    rpeaks = np.full((*shape, MAX_PEAKS), -1, np.int16)
+    rpeaks[..., :BEATS] = (np.arange(BEATS) + 0.5) * samples / BEATS
     return {
         "signal": smooth.astype(np.int16),
         "labels": rng.integers(0, 2, (*shape, LABELS)).astype(np.int8),
         "valid": np.broadcast_to(np.array([0, samples], np.int32), (*shape, 2)),
         "hash": rng.integers(0, 2**32, (*shape, 2), np.uint32),
+        "rpeaks": rpeaks,
+        "codes": rng.integers(0, CODES, (*shape, SLOTS), np.uint16),
     }
+
+
+def beginning(objective: Any, host: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What `objective.init` wants to know of the data: even priors, random directions as codebook, or records."""
+    rng, given = np.random.default_rng(2), {}
+    for name, wanted in objective.start.items():
+        if name in host:
+            flat = host[name].reshape(-1, *host[name].shape[2:])
+            given[name] = flat[np.arange(wanted.shape[0]) % len(flat)]
+        elif name == "prior":
+            given[name] = np.full(wanted.shape, 0.5 if wanted.shape[0] == LABELS else 1 / wanted.shape[0], np.float32)
+        else:
+            rows = rng.normal(size=wanted.shape).astype(np.float32)
+            given[name] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return given
 
 
 class Ours:
     """The training step of a rung on resident records, compiled; `run` is timed."""
 
     def __init__(self, args: argparse.Namespace, config: Config, crop: int, batch: int):
-        self.mesh = mesh_lib.make(devices=1)
+        lanes = self.lanes = math.gcd(8, batch // args.accumulate)  # fewer than in training for a tiny batch
+        self.mesh = mesh_lib.make(lanes, args.devices)
         self.per_dispatch = args.steps_per_dispatch
         scan = self.per_dispatch > 1 and not mesh_lib.on_cpu(self.mesh)
         self.scan, self.batch, self.rng = scan, batch, np.random.default_rng(1)
-        self.objective = supervised.make(config, LABELS, crop=crop, dtype=PRECISIONS[args.precision])
-        lanes = self.lanes = math.gcd(8, batch // args.accumulate)  # fewer than in training for a tiny batch
+        self.objective = learning(args, config, crop)
         host = records(crop, max(args.records, batch), lanes)
+        start = beginning(self.objective, host)
+        host = {name: host[name] for name in (*self.objective.fields, "hash")}
         self.sample = {name: rows[:, : batch // lanes].reshape(batch, *rows.shape[2:]) for name, rows in host.items()}
         self.rows = jax.device_put(host, mesh_lib.lanes_first(self.mesh))
         programs = step.build(self.objective, self.mesh, batch, lanes, scan, args.accumulate)
         everywhere = mesh_lib.replicated(self.mesh)
-        start = {"prior": np.full(LABELS, 0.5, np.float32)}
         self.state = programs.init(*jax.device_put((np.uint32(0), start), everywhere))
         self.start = jax.tree.map(np.asarray, self.state.params)
         self.constants = jax.device_put((optim.hyper(OPTIM), np.uint32(0)), everywhere)
@@ -121,7 +162,7 @@ class Ours:
 
     def inputs(self) -> tuple[dict[str, jax.Array], jax.Array]:
         """Row numbers, epochs and rates of one dispatch, on the device; of `per_dispatch` steps with scan."""
-        shape, capacity = (self.lanes, self.batch // self.lanes), self.rows["labels"].shape[1]
+        shape, capacity = (self.lanes, self.batch // self.lanes), self.rows["hash"].shape[1]
         shape = (self.per_dispatch, *shape) if self.scan else shape
         entry = {"index": self.rng.integers(0, capacity, shape, np.int32), "epoch": np.zeros(shape, np.int32)}
         rates = np.full(self.per_dispatch, OPTIM.lr, np.float32) if self.scan else np.float32(OPTIM.lr)
@@ -144,10 +185,9 @@ class Ours:
     @functools.cached_property
     def slope(self) -> Callable[..., Any]:
         """Loss and gradients of starting parameters on CHECKED records, in full float32."""
-        objective, keys = (
-            dataclasses.replace(self.objective, dtype="float32"),
-            jax.random.split(jax.random.key(0), CHECKED),
-        )
+        front = dataclasses.replace(self.objective.front, dtype="float32")
+        objective = dataclasses.replace(self.objective, front=front)
+        keys = jax.random.split(jax.random.key(0), CHECKED)
         return jax.jit(lambda params, batch: step.gradient(objective, params, batch, keys))
 
     def first(self, at: slice) -> tuple[float, Any]:
@@ -215,6 +255,7 @@ def calibrate(run: Callable[[int], None], seconds: float, multiple: int) -> int:
 def bench(args: argparse.Namespace, rung: str) -> dict[str, Any]:
     """One line of the table."""
     config, crop, batch = network(args, rung)
+    book = args.objective == "codebook"
     ours = Ours(args, config, crop, batch)
     sides: dict[str, Callable[[int], None]] = {"ours": ours.run}
     if args.against:
@@ -231,13 +272,15 @@ def bench(args: argparse.Namespace, rung: str) -> dict[str, Any]:
             times[side].append(once(sides[side], steps[side]))
     wall, cpu = (statistics.median(t[which] for t in times["ours"]) for which in (0, 1))
     dtype, device = PRECISIONS[args.precision], jax.devices()[0]
-    per_record = flops.training_flops(config, crop)
-    mfu = flops.mfu(config, crop, batch / wall, device.device_kind, dtype)
+    per_record = objectives.training_flops(ours.objective)
+    most = flops.peak_flops(device.device_kind, dtype)
+    mfu = most and per_record * batch / wall / (most * ours.mesh.size)
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
     line = {
-        "rung": rung,
-        "params": ladder.count(config),
+        "rung": "VQ-HBR" if book else rung,
+        "params": sum(x.size for x in jax.tree.leaves(ours.start)) if book else ladder.count(config),
         "objective": args.objective,
+        "input": "beats" if book else config.input,
         "norm": args.norm if isinstance(config, ResNet1dConfig) else "layer",
         "samples": crop,
         "batch": batch,
@@ -253,7 +296,7 @@ def bench(args: argparse.Namespace, rung: str) -> dict[str, Any]:
         "program_mib": round(ours.program_mib, 1),
         "device_peak_mib": None if peak is None else round(peak / 2**20, 1),
         "input_wait_ms": round(ours.waited / (args.pairs * steps["ours"]) * 1e3, 3),
-        "device": device.device_kind,
+        "device": mesh_lib.describe(ours.mesh),
         "jax": jax.__version__,
         "pairs": args.pairs,
     }
@@ -290,7 +333,7 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 COLUMNS = (
-    *("rung", "params", "objective", "norm", "samples", "batch", "accumulate", "per_dispatch", "precision"),
+    *("rung", "params", "objective", "input", "norm", "samples", "batch", "accumulate", "per_dispatch", "precision"),
     *("ecg_per_s", "ms_per_step", "cpu_ms_per_step", "tflops", "mfu", "compile_s", "program_mib", "device_peak_mib"),
     *("input_wait_ms", "device", "jax", "pairs", "torch_ms_per_step", "torch_cpu_ms_per_step"),
     *("ratio_wall", "ratio_cpu", "ratio_lowest_pair", "ratio_highest_pair"),
@@ -301,13 +344,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--rung", nargs="+", default=["R8"], help="one or several, as R4 T8")
-    add("--objective", choices=["supervised"], default="supervised")
+    add("--objective", choices=["supervised", "masked_codes", "codebook"], default="supervised")
+    add(
+        "--input", choices=["signal", "beats"], help="(default: signal from labels; from codes, Transformers see beats)"
+    )
     add("--batch", type=int, help="records a step (default: 32 ResNet, 16 Transformer, 4 from 50 M parameters)")
     add("--precision", choices=list(PRECISIONS), default="fp32")
     add("--crop", type=int, help="samples of a record")
     add("--patch", type=int, help="samples of a Transformer's token")
     add("--norm", choices=ladder.NORMS, default="group", help="of a ResNet")
     add("--accumulate", type=int, default=1, help="micro-batches a step")
+    add("--devices", type=int, default=0, help="(default: all; on a CPU as many as training takes for the first rung)")
     add("--steps-per-dispatch", type=int, default=1, help="as one program; on a CPU one by one")
     add("--records", type=int, default=1024, help="resident")
     add("--pairs", type=int, default=9, help="repetitions, or pairs beside torch")
@@ -317,8 +364,12 @@ def main(arguments: list[str] | None = None) -> None:
     add("--compile-mode", default="default", help="of torch.compile, on a GPU")
     add("--csv", type=Path, help="file to append to")
     args = parser.parse_args(arguments)
-    for rung in args.rung:
-        if ladder.get(rung).family == "transformer" and args.norm != "group":
+    if args.against and (args.objective, args.input or "signal") != ("supervised", "signal"):
+        sys.exit("--against torch is there for --objective supervised on the signal")
+    if args.objective != "codebook" and not args.devices:
+        runtime.spread(ladder.get(args.rung[0]), 8)
+    for rung in ["VQ-HBR"] if args.objective == "codebook" else args.rung:
+        if rung in ladder.RUNGS and ladder.get(rung).family == "transformer" and args.norm != "group":
             sys.exit(f"--norm {args.norm} is for ResNets, {rung} is a Transformer")
         batch = network(args, rung)[2]
         if batch < 1 or batch % args.accumulate or (args.against and batch % CHECKED):

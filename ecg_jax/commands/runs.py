@@ -21,8 +21,12 @@ def _run_train(args: argparse.Namespace) -> int:
     from ecg_jax import config
 
     resolved = config.load(args.config, args.overrides + args.rest)
+    from ecg_jax.models import ladder
+    from ecg_jax.training import runtime
     from ecg_jax.training.loop import train
 
+    if not resolved.train.devices and resolved.objective.name != "codebook":
+        runtime.spread(ladder.get(resolved.model.rung), resolved.train.lanes)
     summary = train(resolved, args.run_dir)
     show(summary, args.json, lambda s: _summary_lines(s, args.run_dir))
     return 0

@@ -18,7 +18,7 @@ from ecg_jax.errors import UsageError, did_you_mean
 
 IMPLS = ("auto", "xla", "matmul", "chunked", "cudnn")
 HIDDEN = -1e30  # logit of a token that may not be attended to
-CHUNK_BYTES_PER_CORE = 2 << 20  # scores of the records handled at once, float32; about a core's second-level cache
+CHUNK_BYTES_PER_CORE = 4 << 20  # scores of the records handled at once, float32; about a core's second-level cache
 
 
 def available(dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[str, ...]:
@@ -121,23 +121,31 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 def _by_chunks(function, qkv_BxSx3xHxK: jax.Array, *others: jax.Array):
     """`function` of arrays whose first axis is records, a chunk of records at a time, in a loop."""
     batch, tokens, _, heads, _ = qkv_BxSx3xHxK.shape
-    chunk = chunk_records(batch, 4 * heads * tokens**2)
-    if chunk == batch:
+    parts = jax.device_count()
+    if batch % parts:  # on one of several devices, or divided unevenly: a loop might send records about
         return function(qkv_BxSx3xHxK, *others)
-    arrays = tuple(x.reshape(batch // chunk, chunk, *x.shape[1:]) for x in (qkv_BxSx3xHxK, *others))
-    results = lax.map(lambda one: function(*one), arrays)
-    return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
+    chunk = chunk_records(batch // parts, 4 * heads * tokens**2)
+    number = batch // (parts * chunk)
+    if number == 1:
+        return function(qkv_BxSx3xHxK, *others)
+
+    def split(x):
+        # A chunk holds as many records of every device, so none has to be sent to another.
+        return x.reshape(parts, number, chunk, *x.shape[1:]).swapaxes(0, 1).reshape(number, -1, *x.shape[1:])
+
+    def join(x):
+        return x.reshape(number, parts, chunk, *x.shape[2:]).swapaxes(0, 1).reshape(batch, *x.shape[2:])
+
+    results = lax.map(lambda one: function(*one), tuple(map(split, (qkv_BxSx3xHxK, *others))))
+    return jax.tree.map(join, results)
 
 
 @functools.cache
 def chunk_records(batch: int, record_bytes: int) -> int:
-    """Records to handle at once: the most that divide the batch and fit CHUNK_BYTES_PER_CORE, at least one.
-
-    All of them where there are several devices: a loop over records that lie on different ones would move them.
+    """Records of a device to handle at once: the most that divide its batch and fit CHUNK_BYTES_PER_CORE of the cores
+    that it has, at least one.
     """
-    if jax.device_count() > 1:
-        return batch
-    most = CHUNK_BYTES_PER_CORE * max(os.cpu_count() or 1, 2) // record_bytes
+    most = CHUNK_BYTES_PER_CORE * max(os.cpu_count() or 1, 2) // (jax.device_count() * record_bytes)
     return max(n for n in range(1, batch + 1) if batch % n == 0 and n <= max(most, 1))
 
 

@@ -80,25 +80,25 @@ def group_norm(
 
     A record without any weight is normalised by mean 0 and variance 0, and stays finite.
     """
-    mean_BxC, square_BxC = _moments(x_BxTxC, weight_BxT)
-    groups = group_count(x_BxTxC.shape[2], most)
-    mean_BxC, square_BxC = _over_groups(mean_BxC, groups), _over_groups(square_BxC, groups)
-    variance_BxC = jnp.maximum(square_BxC - mean_BxC**2, 0.0)
+    mean_BxC, variance_BxC = group_moments(x_BxTxC, weight_BxT, most)
     gain_BxC = scale_C * lax.rsqrt(variance_BxC + NORM_EPS)
     shift_BxC = bias_C - mean_BxC * gain_BxC
     return (x_BxTxC * gain_BxC[:, None] + shift_BxC[:, None]).astype(x_BxTxC.dtype)
 
 
-def _moments(x_BxTxC: jax.Array, weight_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weighted means over time of x and of its square, [B, C] each, float32."""
+def group_moments(x_BxTxC: jax.Array, weight_BxT: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+    """Weighted mean and variance of each channel's group over time, [B, C] each, float32."""
     share_BxT = weight_BxT / jnp.maximum(weight_BxT.sum(1, keepdims=True), 1e-6)
     x = x_BxTxC.astype(jnp.float32)
     # Products with the weights: as sums of weighted copies, XLA-CPU takes half as long again.
     mean = functools.partial(jnp.einsum, "btc,bt->bc", precision=lax.Precision.HIGHEST)
-    return mean(x, share_BxT), mean(x * x, share_BxT)
+    groups = group_count(x.shape[2], most)
+    mean_BxC, square_BxC = over_groups(mean(x, share_BxT), groups), over_groups(mean(x * x, share_BxT), groups)
+    return mean_BxC, jnp.maximum(square_BxC - mean_BxC**2, 0.0)
 
 
-def _over_groups(x_BxC: jax.Array, groups: int) -> jax.Array:
+def over_groups(x_BxC: jax.Array, groups: int) -> jax.Array:
+    """Each channel's value replaced by the mean over its group."""
     batch, channels = x_BxC.shape
     mean = x_BxC.reshape(batch, groups, -1).mean(2, keepdims=True)
     return jnp.broadcast_to(mean, (batch, groups, channels // groups)).reshape(batch, channels)

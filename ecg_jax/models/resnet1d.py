@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ecg_jax.models import layers
+from ecg_jax.models import layers, norms
 from ecg_jax.models.ladder import ResNet1dConfig
 from ecg_jax.models.layers import Parameter
 
@@ -107,17 +107,21 @@ class ResNet1d(nn.Module):
         def conv(x, name, stride=1):
             return layers.conv1d(x, p[f"{name}_kernel"].astype(self.dtype), stride, config.conv)
 
-        def norm(x, name):
+        def norm(x, name, relu=True):
             scale, bias = p[f"{name}_scale"], p[f"{name}_bias"]
+            if config.norm == "group" and jax.default_backend() == "cpu":
+                return norms.group_norm(x, weight, scale, bias, config.groups, relu)
             if config.norm == "group":
-                return layers.group_norm(x, weight, scale, bias, config.groups)
-            return self._batch_norm(x, weight, scale, bias, name, train)
+                x = layers.group_norm(x, weight, scale, bias, config.groups)
+            else:
+                x = self._batch_norm(x, weight, scale, bias, name, train)
+            return _mask(nn.relu(x) if relu else x, weight)
 
-        x = y = _mask(norm(conv(x, "stem"), "stem_norm"), weight)
+        x = y = norm(conv(x, "stem"), "stem_norm", relu=False)
         found = []
         for number, (name, width, stride) in enumerate(_units(config)):
-            x = nn.relu(norm(conv(x, f"{name}_conv1"), f"{name}_norm1"))
-            x = layers.dropout(_mask(x, weight), config.dropout, keys, 2 * number)
+            x = norm(conv(x, f"{name}_conv1"), f"{name}_norm1")
+            x = layers.dropout(x, config.dropout, keys, 2 * number)
             x = conv(x, f"{name}_conv2", stride)
             y = layers.max_pool(y, weight > 0, stride)
             if y.shape[2] != width:
@@ -125,8 +129,8 @@ class ResNet1d(nn.Module):
             size *= stride
             weight = layers.position_weight(valid, length // size, size)
             y = x + y
-            x = nn.relu(norm(y, f"{name}_norm2"))
-            x = layers.dropout(_mask(x, weight), config.dropout, keys, 2 * number + 1)
+            x = norm(y, f"{name}_norm2")
+            x = layers.dropout(x, config.dropout, keys, 2 * number + 1)
             found.append((x, size))
         last = x.astype(jnp.float32)
         if stages:  # the output of a stage is that of its last unit

@@ -10,7 +10,7 @@ from typing import Any
 
 from ecg_jax.config import Config
 from ecg_jax.errors import UsageError
-from ecg_jax.models import ladder
+from ecg_jax.models import flops, ladder
 
 
 def book(config: Config) -> Any:
@@ -80,3 +80,9 @@ def make(config: Config, n_labels: int, found: Any) -> Any:
 
         switches["padding_code"] = coder.padding_code(found.config, found.params)
     return masked_codes.make(arch, found.config.codes, found.config.code_dim, **switches, **front)
+
+
+def training_flops(objective: Any) -> int:
+    """FLOPs of forward and backward over one record, at 2 per multiply-add; of encoders without their heads."""
+    front = getattr(objective, "front", None)
+    return flops.training_flops(front.arch, front.length) if front else objective.training_flops

@@ -20,10 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ecg_jax import config as config_lib
-from ecg_jax import files
+from ecg_jax import files, objectives
 from ecg_jax.config import Config
 from ecg_jax.evaluation import evalog
-from ecg_jax.models import flops
 from ecg_jax.training import export, folder, metrics, outcomes, step
 from ecg_jax.training import mesh as mesh_lib
 from ecg_jax.training.data import Data
@@ -110,7 +109,7 @@ def _summary(run: Run, status: str) -> dict[str, Any]:
     finished = status in ("done", "unconverged")
     steps = control.best_step if finished else control.step
     seen = steps * config.train.batch
-    per_record = _flops(run)
+    per_record = objectives.training_flops(run.objective)
     return {
         "run": run.run_dir.resolve().name,
         "status": status,
@@ -153,12 +152,6 @@ def _summary(run: Run, status: str) -> dict[str, Any]:
         "data": data.facts,
         "lineage": data.lineage,
     }
-
-
-def _flops(run: Run) -> int:
-    """Of forward and backward over one record, without head."""
-    front = getattr(run.objective, "front", None)
-    return flops.training_flops(front.arch, front.length) if front else run.objective.training_flops
 
 
 def _count(run: Run) -> tuple[int, int, int]:

@@ -176,11 +176,9 @@ def update(objective: Objective, state: State, slope: tuple, lr: jax.Array, hype
     loss, aux, grads = slope
     norm = optim.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    new = optim.adamw(state.params, grads, state.mu, state.nu, state.count, norm, lr, hyper)
-    params, aux = objective.absorb(new[0], aux)  # running statistics, where the model has any
-    new = params, *new[1:]
-    old = state.params, state.mu, state.nu
-    params, mu, nu = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    learned, mu, nu = optim.adamw(state.params, grads, state.mu, state.nu, state.count, norm, lr, hyper, finite)
+    params, aux = objective.absorb(learned, aux)  # running statistics, where the model has any
+    params = jax.tree.map(lambda n, o: n if n is o else jnp.where(finite, n, o), params, learned)
     bad = (~finite).astype(jnp.int32)
     row = bad * (state.row + 1)
     clipped = ((hyper.clip > 0) & (norm > hyper.clip)).astype(jnp.float32)

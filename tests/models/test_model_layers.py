@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ecg_jax.models import layers
+from ecg_jax.models import layers, norms
 
 
 def _normal(seed, *shape):
@@ -26,6 +26,24 @@ def test_group_norm_sees_valid_positions_only():
     assert np.allclose(y[0, :25], changed[0, :25], atol=1e-6)
     assert not np.allclose(y[0, :25], layers.group_norm(x, jnp.ones((2, 40)), scale, bias)[0, :25], atol=1e-3)
     assert np.isfinite(layers.group_norm(x, jnp.zeros((2, 40)), scale, bias)).all()
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_written_gradient_of_group_norm(relu):
+    """Against automatic differentiation: padding, a share of a position, an empty record, a scale of zero."""
+    x, cotangent = 2 + 3 * _normal(0, 4, 40, 12), _normal(1, 4, 40, 12)
+    weight = jnp.ones((4, 40)).at[0, 25:].set(0).at[1, 30].set(0.3).at[2].set(0)
+    scale, bias = _normal(2, 12).at[3].set(0), _normal(3, 12)
+
+    def plain(x, scale, bias):
+        y = layers.group_norm(x, weight, scale, bias)
+        return jnp.where(weight[:, :, None] > 0, jax.nn.relu(y) if relu else y, 0)
+
+    wanted, back = jax.vjp(plain, x, scale, bias)
+    got, written = jax.vjp(lambda x, scale, bias: norms.group_norm(x, weight, scale, bias, 8, relu), x, scale, bias)
+    assert float(jnp.abs(wanted).max()) > 1
+    for a, b in zip((got, *written(cotangent)), (wanted, *back(cotangent)), strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
 
 
 def test_max_pool_and_weights():

@@ -29,8 +29,13 @@ def test_runs_on_a_bare_image_and_writes_a_line(tmp_path):
     assert line["rung"] == "Td1" and line["params"] == "1556" and line["samples"] == "100"
     for name in ("ecg_per_s", "ms_per_step", "cpu_ms_per_step", "compile_s", "program_mib", "input_wait_ms"):
         assert float(line[name]) > 0, name
-    assert line["mfu"] == "" and line["device"] == "cpu", "no peak is guessed"
+    assert line["mfu"] == "" and line["device"].endswith(" x cpu"), "no peak is guessed"
     assert line["ratio_wall"] == "" and "ecg_per_s" in done.stdout
+    own = ("--rung", "Td1", "--objective", "masked_codes", "--csv", str(file))
+    done = subprocess.run([sys.executable, "-c", ALONE, *QUICK[:-2], *own], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    line = list(csv.DictReader(file.read_text().splitlines()))[-1]
+    assert (line["objective"], line["input"]) == ("masked_codes", "beats") and float(line["ecg_per_s"]) > 0
     refused = subprocess.run(
         [sys.executable, "-c", ALONE, "--rung", "Rd1", "--batch", "12", "--accumulate", "5"],
         capture_output=True,

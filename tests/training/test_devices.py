@@ -141,3 +141,29 @@ def test_evaluation_is_the_same_on_any_number(result):
 
 def test_a_number_that_does_not_divide_the_lanes_is_refused(result):
     assert "train.devices = 3" in result["refused"] and "1, 2, 4, 8" in result["refused"]
+
+
+@pytest.mark.parametrize(
+    ("rung", "cores", "flags", "devices"),
+    [
+        ("R4", {0, 1, 2, 3, 4, 5}, "", 4),
+        ("R8", {0, 1}, "", 1),
+        ("T8", {0, 1}, "", 2),
+        ("T8", {0, 1}, "--xla_force_host_platform_device_count=3", 3),
+    ],
+)
+def test_a_run_on_cpu_is_spread_over_the_cores_where_that_is_faster(rung, cores, flags, devices):
+    code = f"""
+import os
+os.sched_getaffinity = lambda _: {cores!r}
+from ecg_jax.models import ladder
+from ecg_jax.training import runtime
+runtime.spread(ladder.get({rung!r}), 8)
+import jax
+print(jax.device_count())
+runtime.spread(ladder.get("T1"), 8)  # too late: changes nothing, says nothing
+print(jax.device_count())
+"""
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+    assert done.stdout.split() == [str(devices)] * 2, done.stderr
