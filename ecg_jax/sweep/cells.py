@@ -52,12 +52,14 @@ def cell(data: str, architecture: str, paradigm: str, world: str, rung: str, *pl
 
 
 def expand(sweep: Sweep) -> list[Cell]:
-    """All cells in the order of the file; what several grids name is one cell.
+    """All cells in the order of the file, each once; optional data that are not there have none.
 
     Raises UsageError where two cells would have one name.
     """
     found: dict[str, Cell] = {}
     for grid in sweep.grids:
+        if not sweep.data[grid.data].wanted:
+            continue
         axes = (grid.architectures, grid.paradigms, grid.inputs, grid.rungs, grid.subsets, grid.offsets, grid.seeds)
         for values in itertools.product(*axes):
             one = cell(grid.data, *values)

@@ -73,6 +73,9 @@ def _notes(spec: Sweep, planned: Sequence[Any], runs: Sequence[Mapping[str, Any]
     for name in dict.fromkeys(run["data"] for run in runs):
         counts, where = cells.counts(spec.data[name])
         yield f"{name}: {counts['train']:,} train, {counts['val']:,} val, {counts['test']:,} test records, from {where}"
+    for name, data in spec.data.items():
+        if not data.wanted:
+            yield f"{name}: left out, {', '.join(data.folders)} is not there; data.{name}.optional=false plans it"
     stages = [job.name for job in planned if job.cell is None]
     if stages:
         yield f"not counted: {', '.join(stages)}"

@@ -120,7 +120,7 @@ class Folder:
         """The probes that the run of a job still lacks; trials are not probed."""
         wanted = [p for p in self.sweep.probes if job.kind == "run" and (not p.data or job.cell.data in p.data)]
         at = self.place(job) / "probes"
-        return [p for p in wanted if there(p) and not (at / f"{_probed(p)}-{p.task}.json").is_file()]
+        return [p for p in wanted if p.wanted and not (at / f"{_probed(p)}-{p.task}.json").is_file()]
 
     # ------------------------------------------------------------------------------------- who works on what
 
@@ -193,11 +193,6 @@ class Folder:
         if any(name not in ended for name in job.needs):
             return "waiting"
         return "interrupted" if (self.place(job) / METRICS).exists() else "ready"
-
-
-def there(probe: Probe) -> bool:
-    """Whether a probe's data are there; those of a probe that is not optional are always asked for."""
-    return not probe.optional or all(Path(folder).is_dir() for folder in probe.folders)
 
 
 @functools.cache

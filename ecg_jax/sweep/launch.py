@@ -22,7 +22,7 @@ from ecg_jax import errors
 from ecg_jax.errors import DataError, EcgJaxError, InterruptedRun, MachineError, UsageError
 from ecg_jax.sweep import jobs as jobs_lib
 from ecg_jax.sweep import table
-from ecg_jax.sweep.folder import Folder, there
+from ecg_jax.sweep.folder import Folder
 from ecg_jax.sweep.jobs import Job
 from ecg_jax.sweep.spec import Sweep
 
@@ -84,17 +84,21 @@ def check(spec: Sweep) -> None:
     """
     from ecg_jax.shards import catalog
 
-    used = dict.fromkeys([grid.data for grid in spec.grids] + [tuning.data for tuning in spec.tunings])
-    supervised = {grid.data for grid in spec.grids if "SL" in grid.paradigms}
+    for name, data in spec.data.items():
+        if not data.wanted:
+            print(f"warning: no runs on {name}: {', '.join(data.folders)} is not there", file=sys.stderr)
+    grids = [grid for grid in spec.grids if spec.data[grid.data].wanted]
+    used = dict.fromkeys([grid.data for grid in grids] + [tuning.data for tuning in spec.tunings])
+    supervised = {grid.data for grid in grids if "SL" in grid.paradigms}
     for name in used:
         for path in spec.data[name].folders:
             found = catalog.open_folder(Path(path))
             if name in supervised:
                 found.labels(spec.data[name].task)
     for probe in spec.probes:
-        for path in probe.folders if there(probe) else ():
+        for path in probe.folders if probe.wanted else ():
             catalog.open_folder(Path(path)).labels(probe.task)
-        if not there(probe):
+        if not probe.wanted:
             print(f"warning: no probe of {probe.task}: {', '.join(probe.folders)} is not there", file=sys.stderr)
     if spec.book is None or spec.book.run is not None:
         return
@@ -102,7 +106,7 @@ def check(spec: Sweep) -> None:
     from ecg_jax.shards import codes
 
     book = codebook.load(Path(spec.book.folder))
-    for name in dict.fromkeys(grid.data for grid in spec.grids if "SSL" in grid.paradigms):
+    for name in dict.fromkeys(grid.data for grid in grids if "SSL" in grid.paradigms):
         for path in spec.data[name].folders:
             expected = codes.expected_name(book.id, book.info["beats"])
             try:

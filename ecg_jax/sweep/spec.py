@@ -1,7 +1,7 @@
 """What a sweep is, read from TOML: a base configuration, data sets, grids, learning-rate trials, probes, a codebook.
 
     [run]                    what all runs share: the sections of a training configuration, [run.recipe] and so on
-    [data.NAME]              folders, task, exclude, and the records of each split for planning before they are there
+    [data.NAME]              folders, task, exclude, optional; records of each split, for planning before they are there
     [[grid]]                 data, architectures, paradigms, inputs, rungs, subsets, offsets, seeds: all combinations
     [[set]]                  a condition (architectures, paradigms, inputs, data, rungs) and settings where it holds
     [[tuning]]               data, rungs, subsets, rates, extensions: learning-rate trials, the same for every family
@@ -34,13 +34,21 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class Data:
-    """A pre-training data set. records: of each split, as the file states them."""
+    """A pre-training data set. records: of each split, as the file states them. optional: its grids are left out, with
+    a word, where its folders are not there.
+    """
 
     name: str
     folders: tuple[str, ...]
     task: str
     records: Mapping[str, int]
     exclude: str | None
+    optional: bool
+
+    @property
+    def wanted(self) -> bool:
+        """Whether its grids count."""
+        return not self.optional or all(Path(folder).is_dir() for folder in self.folders)
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,11 @@ class Probe:
     data: tuple[str, ...]
     bootstrap: int
     optional: bool  # left out, with a word, where its folders are not there
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it is asked for."""
+        return not self.optional or all(Path(folder).is_dir() for folder in self.folders)
 
 
 @dataclass(frozen=True)
@@ -175,6 +188,7 @@ def holds(entry: Mapping[str, Any], about: Mapping[str, str]) -> bool:
 def _data(name: str, entry: Mapping[str, Any], where: str) -> Data:
     where = f"{where}: [data.{name}]"
     kinds = {"folders": (_texts, REQUIRED), "task": (_text, ""), "records": (_mapping, {}), "exclude": (_text, None)}
+    kinds["optional"] = (_flag, False)
     found = _read(entry, kinds, where)
     if not found["folders"]:
         raise UsageError(f"{where}: folders is empty")
