@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ecg_jax.sweep import cells, cost
-from ecg_jax.sweep import jobs as jobs_lib
 from ecg_jax.sweep.cost import Device
 from ecg_jax.sweep.folder import Folder
 from ecg_jax.sweep.spec import Sweep
@@ -23,7 +22,7 @@ def dry_run(spec: Sweep, out: Path, device: Device) -> dict[str, Any]:
     Raises UsageError and DataError as launching would for the configuration, not for data that are not there.
     """
     folder = Folder(out, spec)
-    planned = jobs_lib.plan(spec, folder.outcome)
+    planned = folder.jobs()
     states = folder.states([job for job in planned if job.cell]) if (out / "claims").is_dir() else {}
     trials = {job.cell for job in planned if job.kind == "trial"}
     known: dict[Any, cost.Cost] = {}

@@ -26,6 +26,7 @@ from typing import Any
 
 from ecg_jax import files
 from ecg_jax.errors import MachineError, UsageError
+from ecg_jax.sweep import jobs as jobs_lib
 from ecg_jax.sweep import spec
 from ecg_jax.sweep.jobs import Job
 from ecg_jax.sweep.spec import Probe, Sweep
@@ -43,6 +44,8 @@ class Folder:
     def __init__(self, root: Path, sweep: Sweep) -> None:
         self.root, self.sweep = Path(root), sweep
         self._finished: dict[str, dict[str, Any]] = {}  # summaries of jobs that were found finished
+        self._outcomes: dict[str, float] = {}
+        self._prices: dict[tuple, float] = {}
 
     @classmethod
     def open(cls, root: Path) -> "Folder":
@@ -73,13 +76,20 @@ class Folder:
         first = next(iter(self.sweep.data))
         return self.root / ("runs" if job.cell.data == first else f"runs-{job.cell.data}") / job.name
 
+    def jobs(self) -> list[Job]:
+        """All jobs as the trials stand now, in their order."""
+        return jobs_lib.plan(self.sweep, self.outcome, self._prices)
+
     def outcome(self, trial: str) -> float | None:
         """See `jobs.Outcome`."""
+        if trial in self._outcomes:
+            return self._outcomes[trial]
         found = _json(self.root / "trials" / trial / SUMMARY)
         if found.get("status") not in FINISHED:
             return None
         loss = (found.get("losses") or {}).get("val")
-        return float("inf") if found["status"] == "diverged" or loss is None else loss
+        self._outcomes[trial] = float("inf") if found["status"] == "diverged" or loss is None else loss
+        return self._outcomes[trial]
 
     def summary(self, job: Job) -> dict[str, Any]:
         """Of its run folder as it is now, {} where there is none."""

@@ -58,8 +58,8 @@ class Group:
     best: dict[tuple[str, str, str], float | None] | None
 
 
-def plan(sweep: Sweep, outcome: Outcome) -> list[Job]:
-    """All jobs in the order in which they are to be begun."""
+def plan(sweep: Sweep, outcome: Outcome, prices: dict[tuple, float] | None = None) -> list[Job]:
+    """All jobs in the order in which they are to be begun; `prices` remembers what was reckoned, for the next call."""
     found = cells.expand(sweep)
     groups = {
         (tuning.data, rung, subset): _group(sweep, tuning, rung, subset, outcome, _families(sweep, tuning, found))
@@ -68,7 +68,7 @@ def plan(sweep: Sweep, outcome: Outcome) -> list[Job]:
     trials = [job for group in groups.values() for job in group.jobs]
     runs = [_run(sweep, one, groups) for one in found]
     stages = list(_stages(sweep, [*trials, *runs]))
-    price = _prices(sweep)
+    price = _price(sweep, {} if prices is None else prices)
     sign = -1 if sweep.order == "long" else 1
     return stages + sorted(trials, key=price) + sorted(runs, key=lambda job: sign * price(job))
 
@@ -181,9 +181,8 @@ def _codes(data: str) -> str:
     return f"codes-{data}"
 
 
-def _prices(sweep: Sweep) -> Callable[[Job], float]:
+def _price(sweep: Sweep, known: dict[tuple, float]) -> Callable[[Job], float]:
     """FLOPs of a job at most; the same for all rates, seeds and offsets of a place in the grid."""
-    known: dict[tuple, float] = {}
     anything = cost.device("h200")
 
     def price(job: Job) -> float:

@@ -64,7 +64,7 @@ def sweep(
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file: give a folder")
     folder = Folder(out, spec)
-    jobs_lib.plan(spec, folder.outcome)  # every cell has a configuration
+    folder.jobs()  # every cell has a configuration
     check(spec)
     folder.begin()
     if launcher == "slurm":
@@ -223,7 +223,7 @@ def _follow(folder: Folder, crew: Any, quiet: bool) -> dict[str, str]:
             crew.start()
             lives = True
             while lives:
-                planned = jobs_lib.plan(folder.sweep, folder.outcome)
+                planned = folder.jobs()
                 lives = crew.poll(planned, stop.number is not None)
                 states = folder.states(planned)
                 shown.update(planned, states)
@@ -278,7 +278,7 @@ class _Display:
 
 def _result(folder: Folder, states: dict[str, str]) -> dict[str, Any]:
     """Of a sweep whose workers have all ended. Raises for jobs that failed, or that nothing can begin."""
-    planned = jobs_lib.plan(folder.sweep, folder.outcome)
+    planned = folder.jobs()
     failed = [job for job in planned if states[job.name] == "failed"]
     if failed:
         first = folder.failure(failed[0])

@@ -389,7 +389,7 @@ def _rates(value: Any, where: str) -> tuple[float, ...]:
     rates = _numbers(value, where)
     good = len(rates) > 1 and rates[0] > 0 and rates[1] > rates[0]
     ratio = rates[1] / rates[0] if good else 1.0
-    if not good or any(abs(b / a / ratio - 1) > 0.1 for a, b in itertools.pairwise(rates)):
+    if not good or any(abs(b / a / ratio - 1) > 0.2 for a, b in itertools.pairwise(rates)):
         raise _bad(where, value, "at least two rates that ascend in one ratio, as [1e-3, 3e-3, 1e-2]")
     return rates
 

@@ -34,12 +34,11 @@ def work(root: Path) -> int:
 
     Raises InterruptedRun on SIGTERM or SIGINT, MachineError where a job ended in one.
     """
-    from ecg_jax.sweep import jobs as jobs_lib
     from ecg_jax.sweep.folder import Folder
 
     folder, done, tables = Folder.open(root), 0, {}
     while True:
-        planned = jobs_lib.plan(folder.sweep, folder.outcome)
+        planned = folder.jobs()
         states = folder.states(planned)
         for job in planned:
             if states[job.name] not in ("ready", "interrupted"):
