@@ -229,6 +229,9 @@ def _follow(folder: Folder, crew: Any, quiet: bool) -> dict[str, str]:
                 shown.update(planned, states)
                 if lives:
                     time.sleep(POLL)
+            planned = folder.jobs()  # what the last to end has decided
+            states = folder.states(planned)
+            shown.update(planned, states)
         except BaseException:
             crew.stop(signal.SIGTERM)
             raise

@@ -36,7 +36,7 @@ def work(root: Path) -> int:
     """
     from ecg_jax.sweep.folder import Folder
 
-    folder, done, tables = Folder.open(root), 0, {}
+    folder, done = Folder.open(root), 0
     while True:
         planned = folder.jobs()
         states = folder.states(planned)
@@ -50,7 +50,7 @@ def work(root: Path) -> int:
                 if folder.finished(job) or folder.failure(job).get("final"):
                     break  # by somebody else, a moment ago
                 try:
-                    _do(folder, job, tables)
+                    _do(folder, job)
                 except (InterruptedRun, MachineError, KeyboardInterrupt) as error:
                     if isinstance(error, MachineError):
                         folder.failed(job, str(error), error.exit_code)
@@ -69,7 +69,7 @@ def work(root: Path) -> int:
             time.sleep(POLL * random.uniform(0.5, 1.0))
 
 
-def _do(folder: Any, job: Any, tables: dict[str, Any]) -> None:
+def _do(folder: Any, job: Any) -> None:
     """The job, or what is left of it."""
     from ecg_jax.sweep.cells import configure
 
@@ -96,7 +96,9 @@ def _do(folder: Any, job: Any, tables: dict[str, Any]) -> None:
         summary = json.loads((where / "summary.json").read_text())
     _name(where, job.name, job.trial, summary)
     for probe in folder.probes_missing(job) if summary["status"] != "diverged" else ():
-        _probe(where, probe, tables)
+        from ecg_jax.evaluation.probe import probe_run
+
+        probe_run(where, [Path(path) for path in probe.folders], probe.task, bootstrap=probe.bootstrap)
 
 
 def _copy(trial: Path, run: Path) -> None:
@@ -123,18 +125,6 @@ def _name(where: Path, name: str, trial: int, summary: dict[str, Any]) -> None:
     lines = (json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
     files.write(where / folder.EVALS, "".join(lines))
     files.write(where / folder.SUMMARY, json.dumps(summary | {"run": name, "trial": trial}, indent=2) + "\n")
-
-
-def _probe(where: Path, probe: Any, tables: dict[Any, Any]) -> None:
-    """Probe a run; `tables` keeps the splits of the last probed task for the next run."""
-    from ecg_jax.evaluation.probe import SPLITS, probe_run
-    from ecg_jax.shards import tables as tables_lib
-
-    folders = [Path(folder) for folder in probe.folders]
-    key = (probe.folders, probe.task)
-    if key not in tables:
-        tables[key] = {split: tables_lib.load(folders, split, probe.task) for split in SPLITS}
-    probe_run(where, folders, probe.task, bootstrap=probe.bootstrap, tables=tables[key])
 
 
 def _stop(number: int, frame: Any) -> NoReturn:
