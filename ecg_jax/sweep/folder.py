@@ -169,8 +169,7 @@ class Folder:
 
     def failure(self, job: Job) -> dict[str, Any]:
         """What was noted of a job's failures, {} where nothing was; "final" where it is not tried again."""
-        found = _json(self.root / "failures" / f"{job.name}.json")
-        return found
+        return _json(self.root / "failures" / f"{job.name}.json")
 
     def failed(self, job: Job, error: str, code: int) -> None:
         """Note that an attempt at a job ended in an error (exit code as of the command), or in its worker's death

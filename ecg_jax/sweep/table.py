@@ -35,7 +35,9 @@ def rows(folder: Folder, jobs: Sequence[Job], states: dict[str, str]) -> list[di
         row |= {"n_records": found.get("n_records"), "lr": job.lr if job.lr is not None else found.get("lr")}
         row |= {"trial": job.trial, "val": losses.get("val"), "test": losses.get("test")}
         row |= {name: found.get(name) if ended else None for name in ("step", "examples_seen", "flops")}
-        row |= {"seconds": (found.get("seconds") or {}).get("wall"), "error": folder.failure(job).get("error")}
+        row |= {"seconds": (found.get("seconds") or {}).get("wall"), "error": None}
+        if states[job.name] == "failed":
+            row["error"] = folder.failure(job).get("error")
         out.append(row)
     return out
 
