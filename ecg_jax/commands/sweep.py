@@ -25,7 +25,9 @@ def sweep(commands) -> None:
     plan.add_argument("--measured", type=Path, metavar="CSV", help="speeds, of tools/bench_step.py --csv")
     launch = parser.add_argument_group("launch")
     launch.add_argument("--launcher", choices=("local", "slurm"), default="local")
-    launch.add_argument("--devices", default="auto", metavar="0,1|cpu", help="GPUs of this machine (default: all)")
+    launch.add_argument(
+        "--devices", default="auto", metavar="0,1|cpu|tpu", help="of this machine (default: all there are)"
+    )
     launch.add_argument(
         "--per-device", type=int, default=0, metavar="N", help="runs packed on a GPU, or groups of cores on a CPU"
     )

@@ -6,6 +6,7 @@ workers of this machine, once, and waits for them; workers in Slurm go on withou
 with 0 has seen that nothing is left to begin.
 """
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -117,15 +118,21 @@ def check(spec: Sweep) -> None:
 
 
 def slots(devices: str = "auto", per_device: int = 0) -> list[Slot]:
-    """Places for workers: `devices` is "cpu", numbers of GPUs as "0,1", or "auto" for what there is.
+    """Places for workers: `devices` is "cpu", "tpu" (one worker with all chips), numbers of GPUs as "0,1", or "auto" for
+    what there is.
 
     per_device: workers that share a device, each with its part of nine tenths of the memory (0: one; on CPU one a core,
     eight at most). Raises UsageError for anything else.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    wanted = _gpus() if devices == "auto" else [] if devices == "cpu" else devices.split(",")
+    wanted = _gpus() if devices == "auto" else [] if devices in ("cpu", "tpu") else devices.split(",")
+    on_tpu = importlib.util.find_spec("libtpu") is not None and os.environ.get("JAX_PLATFORMS") != "cpu"
+    if devices == "tpu" or (devices == "auto" and not wanted and on_tpu):
+        return [Slot({})]
     if per_device < 0 or not all(name.strip() for name in wanted):
-        raise UsageError(f"--devices {devices!r} --per-device {per_device}: give cpu, or GPUs as 0,1; and 1 or more")
+        raise UsageError(
+            f"--devices {devices!r} --per-device {per_device}: give cpu, tpu, or GPUs as 0,1; and 1 or more"
+        )
     if not wanted:
         groups = min(per_device or CPU_WORKERS, len(cores))
         shares = [cores[i * len(cores) // groups : (i + 1) * len(cores) // groups] for i in range(groups)]

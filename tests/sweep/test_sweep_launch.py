@@ -192,6 +192,7 @@ def test_slots():
     assert shape(launch.slots("0,3")) == [({"CUDA_VISIBLE_DEVICES": "0"}, None), ({"CUDA_VISIBLE_DEVICES": "3"}, None)]
     packed = shape(launch.slots("1", per_device=3))
     assert packed == [({"CUDA_VISIBLE_DEVICES": "1", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.300"}, None)] * 3
+    assert shape(launch.slots("tpu")) == [({}, None)]
     (whole,) = launch.slots("cpu", per_device=1)
     assert set(map(int, whole.cores.split(","))) == os.sched_getaffinity(0)
     with pytest.raises(UsageError):
