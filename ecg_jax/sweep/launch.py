@@ -118,7 +118,7 @@ def check(spec: Sweep) -> None:
 
 
 def slots(devices: str = "auto", per_device: int = 0) -> list[Slot]:
-    """Places for workers: `devices` is "cpu", "tpu" (one worker, all chips), GPUs as "0,1", or "auto" for what there is.
+    """Places for workers: `devices` is "cpu", "tpu" (one worker, all chips), GPUs as "0,1", or "auto": what there is.
 
     per_device: workers that share a device, each with its part of nine tenths of the memory (0: one; on CPU one a core,
     eight at most). Raises UsageError for anything else.
