@@ -20,13 +20,15 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ecg_jax import files
 from ecg_jax.errors import DivergedError, EcgJaxError, InterruptedRun, MachineError
 
 POLL = 1.0  # seconds between looks for a job while others hold what one waits for
 PR_SET_PDEATHSIG = 1
+
+_signals: list[str] = []  # that came, should a library have swallowed the exception that they raise
 
 
 def work(root: Path) -> int:
@@ -50,6 +52,7 @@ def work(root: Path) -> int:
                 if folder.finished(job) or folder.failure(job).get("final"):
                     break  # by somebody else, a moment ago
                 try:
+                    _heed()
                     _do(folder, job)
                 except (InterruptedRun, MachineError, KeyboardInterrupt) as error:
                     if isinstance(error, MachineError):
@@ -58,6 +61,7 @@ def work(root: Path) -> int:
                 except EcgJaxError as error:
                     folder.failed(job, str(error), error.exit_code)
                 except Exception as error:
+                    _heed()
                     traceback.print_exc()
                     folder.failed(job, f"a bug: {error!r}; its traceback is in {folder.root / 'logs'}", 1)
                 done += 1
@@ -66,6 +70,7 @@ def work(root: Path) -> int:
         else:
             if "running" not in states.values():
                 return done
+            _heed()
             time.sleep(POLL * random.uniform(0.5, 1.0))
 
 
@@ -90,6 +95,7 @@ def _do(folder: Any, job: Any) -> None:
         return
     if job.source and not where.exists():
         _copy(folder.root / "trials" / job.source, where)
+    _heed()
     try:
         summary = train(configure(sweep, job.cell, job.lr, job.base_width), where, quiet=True)
     except DivergedError:
@@ -127,9 +133,15 @@ def _name(where: Path, name: str, trial: int, summary: dict[str, Any]) -> None:
     files.write(where / folder.SUMMARY, json.dumps(summary | {"run": name, "trial": trial}, indent=2) + "\n")
 
 
-def _stop(number: int, frame: Any) -> NoReturn:
+def _stop(number: int, frame: Any) -> None:
     """Between runs and in probes; while training, its own handler saves first."""
-    raise InterruptedRun(f"{signal.Signals(number).name}: stopped; the same sweep goes on")
+    _signals.append(signal.Signals(number).name)
+    _heed()
+
+
+def _heed() -> None:
+    if _signals:
+        raise InterruptedRun(f"{_signals[0]}: stopped; the same sweep goes on")
 
 
 def main(arguments: list[str] | None = None) -> int:
