@@ -154,13 +154,17 @@ def main(arguments: list[str] | None = None) -> int:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if args.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, [int(core) for core in args.cores.split(",")])  # before JAX counts them
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
     try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _stop)
         work(args.root)
     except EcgJaxError as error:
         print(f"ecg-jax: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except Exception:
+        if not _signals:
+            raise
+        return InterruptedRun.exit_code  # a library made an error of its own out of ours, an import for one
     return 0
 
 

@@ -78,6 +78,6 @@ def changed(tiny):
     def make(grid=None, tuning=None, **fields) -> spec.Sweep:
         grids = (dataclasses.replace(tiny.grids[0], **(grid or {})),)
         tunings = (dataclasses.replace(tiny.tunings[0], **(tuning or {})),)
-        return dataclasses.replace(tiny, grids=grids, tunings=tunings, **fields)
+        return dataclasses.replace(tiny, **{"grids": grids, "tunings": tunings} | fields)
 
     return make
