@@ -165,6 +165,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not _signals:
             raise
         return InterruptedRun.exit_code  # a library made an error of its own out of ours, an import for one
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # it is ending already
     return 0
 
 
