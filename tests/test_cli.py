@@ -13,7 +13,7 @@ from ecg_jax.commands import runs, study
 from ecg_jax.datasets import DATASETS
 
 STAGES = "convert inspect codebook tokenize train sweep probe embed fit demo doctor".split()
-LATER = ("sweep", "embed")
+LATER = ("embed",)
 
 
 def run(*words, capsys):

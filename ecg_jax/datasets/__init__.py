@@ -25,7 +25,7 @@ class DatasetEntry:
 
 
 DATASETS: dict[str, DatasetEntry] = {
-    "ptbxl": DatasetEntry("ptbxl:open_ptbxl", "PTB-XL, official folds, five label tasks"),
+    "ptbxl": DatasetEntry("ptbxl:open_ptbxl", "PTB-XL, official folds, six label tasks"),
     "code15": DatasetEntry("code15:open_code15", "CODE-15 %, 345,779 exams of Brazilian telehealth"),
     "code": DatasetEntry("code:open_code", "CODE in full, 2.3 M exams"),
     "code-test": DatasetEntry("code_test:open_code_test", "CODE test set, 827 exams with a gold standard"),

@@ -1,4 +1,4 @@
-"""PTB-XL as PhysioNet publishes it (1.0.1 and 1.0.3): five label tasks, official folds, patients, both rates.
+"""PTB-XL as PhysioNet publishes it (1.0.1 and 1.0.3): six label tasks, official folds, patients, both rates.
 
 A statement counts whatever its likelihood: 0 means "not graded" there, not "absent". A record without any
 label of a task is kept, with that task's labels unknown (the published benchmark drops it). Ages above 89,
@@ -27,7 +27,7 @@ from ecg_jax.datasets.table import (
 )
 from ecg_jax.errors import DataError, UsageError
 
-TASKS = {"superclass": 5, "subclass": 23, "form": 19, "rhythm": 12, "diagnostic": 44}
+TASKS = {"superclass": 5, "subclass": 23, "form": 19, "rhythm": 12, "diagnostic": 44, "statements": 71}
 FOLDS = "1-8/9/10"
 OPTIONS = ("folds", "rate")
 _COLUMNS = ("ecg_id", "patient_id", "age", "sex", "scp_codes", "strat_fold", "filename_lr", "filename_hr")
@@ -122,6 +122,7 @@ def _statements(table: Table) -> dict[str, dict[str, str]]:
         code = row[""]
         if not code:
             raise DataError(f"{table.where(i)}: a statement without a code")
+        tasks["statements"][code] = code
         if number(table, i, "diagnostic") == 1:
             for task, column in (("superclass", "diagnostic_class"), ("subclass", "diagnostic_subclass")):
                 if not row[column]:

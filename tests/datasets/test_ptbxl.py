@@ -18,10 +18,10 @@ HEAD = "ecg_id,patient_id,age,sex,device,recording_date,scp_codes,strat_fold,fil
 
 
 def statements() -> str:
-    """As many statements of each kind as PTB-XL has; NDT-like D0 is a form statement too."""
+    """As many statements of each kind as PTB-XL has; NDT-like D0 to D3 are form statements too."""
     lines = [",description,diagnostic,form,rhythm,diagnostic_class,diagnostic_subclass"]
-    lines += [f"D{i},x,1.0,{'1.0' if i == 0 else ''},,C{i % 5},S{i % 23}" for i in range(44)]
-    lines += [f'F{i},"x, y",,1.0,,,' for i in range(18)] + [f"R{i},x,,,1.0,," for i in range(12)]
+    lines += [f"D{i},x,1.0,{'1.0' if i < 4 else ''},,C{i % 5},S{i % 23}" for i in range(44)]
+    lines += [f'F{i},"x, y",,1.0,,,' for i in range(15)] + [f"R{i},x,,,1.0,," for i in range(12)]
     return "\n".join(lines) + "\n"
 
 
@@ -60,7 +60,7 @@ def test_records_and_tasks(folder):
     assert on(one, "superclass") == ["C0"] and on(one, "form") == ["D0"] and on(one, "rhythm") == ["R3"]
     assert on(two, "superclass") == ["C1"] and on(two, "subclass") == ["S1", "S6"]  # likelihood 0 counts
     assert on(two, "diagnostic") == ["D1", "D6"] and (two.labels["rhythm"] == -1).all()
-    assert (three.labels["superclass"] == -1).all() and on(three, "form") == ["F2"]
+    assert (three.labels["superclass"] == -1).all() and on(three, "form") == on(three, "statements") == ["F2"]
     assert (one.age, one.sex, one.patient_id) == (50.0, 1.0, "5")
     assert (two.age, two.sex) == (90.0, 0.0) and three.patient_id is None and np.isnan([three.age, three.sex]).all()
     assert one.device == "CS-12 E" and one.time == "1984-11-09 09:17:34" and one.rate == 100 and len(one.source) == 32
