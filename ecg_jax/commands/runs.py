@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ecg_jax.commands.common import add, show
-from ecg_jax.errors import UsageError
+from ecg_jax.errors import EcgJaxError, UsageError
 
 
 def train(commands) -> None:
@@ -21,9 +21,16 @@ def _run_train(args: argparse.Namespace) -> int:
     from ecg_jax import config
 
     resolved = config.load(args.config, args.overrides + args.rest)
+    from ecg_jax.training import hosts
     from ecg_jax.training.loop import train
 
-    summary = train(resolved, args.run_dir)
+    try:
+        summary = train(resolved, args.run_dir)
+    except EcgJaxError as error:
+        hosts.leave(error)
+        raise
+    if not hosts.first():
+        return 0
     show(summary, args.json, lambda s: _summary_lines(s, args.run_dir))
     return 0
 
