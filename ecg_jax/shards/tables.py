@@ -26,7 +26,6 @@ from ecg_jax.shards.catalog import WHOLE, DataFolder, Shard, Subset, open_folder
 from ecg_jax.shards.codes import CodesFolder, open_codes
 from ecg_jax.shards.grouping import LANES, hash64
 from ecg_jax.shards.host import Mapped, MappedSignals, map_shard, to_twelve
-from ecg_jax.shards.writer import bayes_of
 
 FIELDS = ("signal", "labels", "valid")  # what supervised training wants of a record
 
@@ -208,6 +207,8 @@ def load(
         else:
             out_codes[here], rpeaks[here] = coded[f].read(shard, chosen, folder.card["name"])
         if bayes is not None:
+            from ecg_jax.shards.writer import bayes_of  # simulated data only: it brings scipy.signal, a second
+
             true = [bayes_of(_meta(data, row), task, len(used)) for row in rows]
             bayes[here, s.columns[f][used]] = np.array(true, np.float32)[:, used]
         at += len(rows)

@@ -4,13 +4,15 @@ All that is known of `jax.distributed` stands here. A run of one process passes 
 told who it is by JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID, which
 `tools/launch_slurm.sh` and `tools/launch_tpu.sh` set. Moves no records.
 
-Invariant: every process calls these functions in the same order. Who does not come is named within `TIMEOUT` seconds.
+Invariant: every process calls these functions in the same order. Who does not come is named within `TIMEOUT` seconds
+(the environment variable ECG_JAX_TIMEOUT says otherwise).
 """
 
 import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -51,19 +53,31 @@ def join() -> None:
     check_count(count)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     seconds = int(float(os.environ.get("ECG_JAX_TIMEOUT", TIMEOUT)))
+    # Left to itself jax aborts with a page of stack when the others do not come.
+    clock = threading.Timer(seconds, _in_vain, (own, count, given[VARIABLES[0]], seconds))
+    clock.daemon = True
+    clock.start()
     try:
         jax.distributed.initialize(
             given[VARIABLES[0]],
             count,
             own,
             cluster_detection_method="deactivate",
-            initialization_timeout=seconds,
+            initialization_timeout=2 * seconds + 10,
             shutdown_timeout_seconds=min(seconds, 30),
         )
     except (RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())[:300]
         raise MachineError(f"process {own} of {count} cannot join the others at {given[VARIABLES[0]]}: {why}") from None
+    finally:
+        clock.cancel()
     meet("join")
+
+
+def _in_vain(own: int, count: int, address: str, seconds: int) -> None:
+    text = f"process {own} waited {seconds} s for all {count} processes to come to {address}: look which did not start"
+    os.write(2, f"ecg-jax: error: {text}\n".encode())
+    os._exit(MachineError.exit_code)
 
 
 def check_count(processes: int, shards: int = LANES, what: str = "lanes of the data") -> None:
@@ -95,13 +109,16 @@ def meet(name: str, error: EcgJaxError | None = None, seconds: float | None = No
     seconds = float(os.environ.get("ECG_JAX_TIMEOUT", TIMEOUT)) if seconds is None else seconds
     key = f"ecg_jax/{name}/{_met[name]}/"
     said = None if error is None else [type(error).__name__, str(error)]
-    client.key_value_set(f"{key}{own}", json.dumps(said))
+    try:
+        client.key_value_set(f"{key}{own}", json.dumps(said))
+    except RuntimeError:
+        raise MachineError("process 0, the coordinator, is gone: start all again to go on") from None
     until, absent, heard = time.monotonic() + seconds, [], []
     for other in set(range(count())) - {own}:
         left = max(until - time.monotonic(), 0.1)
         try:
             heard.append((other, json.loads(client.blocking_key_value_get(f"{key}{other}", int(left * 1000)))))
-        except (jax.errors.JaxRuntimeError, RuntimeError):  # it has run out of time, or the coordinator is gone
+        except RuntimeError:  # it has run out of time, or the coordinator is gone
             absent.append(other)
     for other, found in heard:
         if found is not None and error is None:
@@ -160,7 +177,8 @@ def gather(array: np.ndarray) -> list[np.ndarray]:
     found = np.asarray(multihost_utils.process_allgather(padded))
     found = found.reshape(count(), *padded.shape)[:, :, :width]
     parts = [np.ascontiguousarray(part[:n]).reshape(-1) for part, n in zip(found, sizes, strict=True)]
-    return [part.view(array.dtype).reshape(-1, *array.shape[1:]) for part in parts]
+    shapes = [(int(n), *array.shape[1:]) for n in sizes]
+    return [part.view(array.dtype).reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def total(array: np.ndarray) -> np.ndarray:
