@@ -11,10 +11,12 @@ Invariant: `save` hands over buffers that nobody else will donate or change.
 """
 
 import gc
+import itertools
 import json
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,10 @@ class Checkpoints:
         self._last_time = time.monotonic()
         self._last_update = -1
 
-    def due(self, update: int, per_dispatch: int) -> bool:
-        """Whether `every_steps` asks for a checkpoint after this update."""
+    def due(self, update: int) -> bool:
+        """Whether `every_steps` asks for a checkpoint after this update; one that an evaluation held up stays due."""
         every = self.config.every_steps
-        return every > 0 and update // every > max(self._last_update, update - per_dispatch, 0) // every
+        return every > 0 and update // every > max(self._last_update, 0) // every
 
     def overdue(self) -> bool:
         """Whether the last one is `every_seconds` old: a matter of this process's clock: of several one decides."""
@@ -145,13 +147,26 @@ class Checkpoints:
             policies = ocp.training.preservation_policies
             keep = [policies.LatestN(self.config.keep)]
             if self.config.keep_every:
-                keep.append(policies.EveryNSteps(self.config.keep_every))
+                keep.append(_Milestones(self.config.keep_every))
             self._manager = ocp.training.Checkpointer(
                 self.folder,
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 cleanup_tmp_directories=True,
             )
         return self._manager
+
+
+class _Milestones:
+    """A preservation policy of Orbax: the first checkpoint at or after every multiple of a number of updates. (Its own
+    one keeps exact multiples, which an evaluation may hold up.)
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        passed = [0, *(found.step // self._every for found in checkpoints)]
+        return [now > before for before, now in itertools.pairwise(passed)]
 
 
 def checksum(arrays: Any) -> int:
@@ -162,5 +177,7 @@ def checksum(arrays: Any) -> int:
     return crc
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # Orbax wraps what went wrong, several times over
+        error = error.__cause__
     return (" ".join(str(error).split()) or type(error).__name__)[:200]

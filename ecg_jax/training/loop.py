@@ -212,7 +212,7 @@ def _train(
                     save(wait=True)
                     what = stop.signal or "another process was told to stop"
                     raise InterruptedRun(f"{run_dir}: {what} after step {control.step}, saved; run it again to go on")
-                if late or checkpoints.due(control.update, control.plan.dispatch):
+                if late or checkpoints.due(control.update):
                     save()
                     late = False
         results.selected()

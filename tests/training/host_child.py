@@ -1,11 +1,12 @@
 """What each process of `test_hosts` does, with few imports: `python host_child.py DATA RUN [override ...]`.
 
 Ten steps of some networks one by one, then a whole run of the toy; prints JSON. The override `only=loop` leaves out
-the steps.
+the steps, `slow=S` makes each step of the run last S seconds.
 """
 
 import json
 import sys
+import time
 
 import jax
 import numpy as np
@@ -26,7 +27,8 @@ def run(data: str, out: str, *overrides: str) -> None:
         hosts.join()
         mesh.FSDP_BYTES = 1
         nets = () if "only=loop" in overrides else NETS[len(jax.devices())]
-        overrides = [word for word in overrides if word != "only=loop"]
+        slow = [float(word[5:]) for word in overrides if word.startswith("slow=")]
+        overrides = [word for word in overrides if not word.startswith(("only=", "slow="))]
         config = tiny_run.config(f'data.folders=["{data}"]', "data.task=code", *overrides)
         result = {"losses": {}, "step": {}, "mu": {}}
         real = supervised.make(ladder.get("Td1"), 6, crop=200)
@@ -57,9 +59,12 @@ def run(data: str, out: str, *overrides: str) -> None:
             kinds = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
             result["step"][name] = {kind: text.count(f" {kind}(") + text.count(f" {kind}-start(") for kind in kinds}
             result["losses"][name] = losses
-        loop.objectives.make = lambda config, n, _: tiny_run.Toy(config.model.crop, n)
-        loop.train(config, out, quiet=True)
         print(json.dumps(result), flush=True)
+        loop.objectives.make = lambda config, n, _: tiny_run.Toy(config.model.crop, n)
+        take = feed.ResidentFeed.take
+        if slow:
+            feed.ResidentFeed.take = lambda *args: time.sleep(slow[0]) or take(*args)
+        loop.train(config, out, quiet=True)
     except EcgJaxError as error:
         hosts.leave(error)  # as the command does
         print(error, file=sys.stderr, flush=True)

@@ -70,6 +70,10 @@ def test_the_last_ones_and_those_of_a_cadence_are_kept(toy, tables, tmp_path):
     loop.train(config, tmp_path / "run", tables=tables, quiet=True)
     kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == [6, 12, 18, 21], "24 is the end, which needs none"
+    config = tiny_run.config("checkpoint.every_steps=4", "checkpoint.keep_every=8", "checkpoint.keep=1")
+    loop.train(config, tmp_path / "held up", tables=tables, quiet=True)
+    kept = sorted(int(path.name) for path in (tmp_path / "held up" / "checkpoints").iterdir())
+    assert kept == [9, 17, 20], "evaluations at 8 and 16 are read one dispatch later"
 
 
 def test_checkpoints_by_the_clock_and_on_whole_dispatches(toy, tables, tmp_path, monkeypatch):
