@@ -130,20 +130,22 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches per update: the same update (but for BatchNorm), in less memory on GPU and TPU
     lanes: int = 8
     steps_per_dispatch: int = 1
-    loader: Literal["auto", "resident", "stream"] = "auto"
+    loader: Literal["auto", "resident", "host", "stream"] = "auto"  # on the devices, mapped shards, tf.data
     seed: int = 0
     precision: Literal["float32", "bfloat16", "auto"] = "auto"  # auto: bfloat16 on GPU and TPU, float32 on CPU
     log_every: int = 10  # steps per line of metrics.jsonl
     devices: int = 0  # data-parallel devices (0: all)
     fsdp: int = 1  # how many of them share one copy of the large arrays
     cache_dir: str | None = None  # compiled programs (None: the user's cache folder, "": off)
+    watchdog: float = 15.0  # minutes without a step after which all stacks are shown (0: never)
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_seconds: float = 600.0
     every_steps: int = 0  # further ones at fixed updates (0: none)
-    keep: int = 2
+    keep: int = 2  # the last ones
+    keep_every: int = 0  # and for ever those of updates that this divides (0: none)
 
 
 @dataclass(frozen=True)
@@ -364,6 +366,8 @@ def _check_ranges(config: Config, where: str) -> None:
         ("checkpoint.every_seconds", c.every_seconds, c.every_seconds >= 0, "0 (off) or more"),
         ("checkpoint.every_steps", c.every_steps, c.every_steps >= 0, "0 (off) or more"),
         ("checkpoint.keep", c.keep, c.keep >= 1, "1 or more"),
+        ("checkpoint.keep_every", c.keep_every, c.keep_every >= 0, "0 (off) or more"),
+        ("train.watchdog", t.watchdog, t.watchdog >= 0, "0 (off) or more"),
     ]
     for name, value, good, want in rules:
         if not good:

@@ -3,6 +3,7 @@
 Reads only; the card is the one that `convert` wrote, nothing is computed again.
 """
 
+import hashlib
 import importlib
 from pathlib import Path
 
@@ -21,6 +22,57 @@ def read_card(path: Path) -> dict:
 
     folder = open_folder(path)
     return {**folder.card, "path": str(folder.path)}
+
+
+def verify(path: Path) -> dict:
+    """Every digest of the data folder at `path`: shards and indexes against the card, codes beside them against theirs.
+
+    Returns {"path", "checked": files, "bytes": of the shards, "damaged": [what is wrong, file by file]}. Raises
+    DataError where there is no data folder.
+    """
+    from ecg_jax.progress import track
+    from ecg_jax.shards import codes, schema
+    from ecg_jax.shards.catalog import open_folder
+
+    folder = open_folder(path)
+    checked, size, damaged = 0, 0, []
+    shards = [shard for split in folder.splits for shard in folder.shards(split)]
+    for shard in track(shards, "verify", unit="shards"):
+        index = shard.path.with_name(shard.path.name + schema.INDEX_SUFFIX)
+        for file, digest in ((shard.path, shard.sha256), (index, shard.index_sha256)):
+            checked += 1
+            if (what := _differs(file, digest)) is not None:
+                damaged.append(f"{file}: {what}")
+        size += shard.bytes
+    for beside in sorted(folder.path.glob("codes-*")):
+        try:
+            found = codes.open_codes(folder, beside)
+        except DataError as error:
+            checked, damaged = checked + 1, [*damaged, str(error)]
+            continue
+        for shard in shards:
+            checked += len(codes.KINDS)
+            try:
+                codes.read_files(beside, shard.path.name, found.card["files"][shard.path.name], shard.records)
+            except DataError as error:
+                damaged.append(str(error))
+    return {"path": str(folder.path), "checked": checked, "bytes": size, "damaged": damaged}
+
+
+def _differs(file: Path, digest: str) -> str | None:
+    try:
+        with file.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None if found == digest else "is not the file that card.json names (another sha256)"
+
+
+def verified_lines(result: dict) -> list[str]:
+    """What `verify` found, as lines for a terminal."""
+    lines = [f"damaged   {what}" for what in result["damaged"]]
+    sound = result["checked"] - len(result["damaged"])
+    return [*lines, f"{result['path']}: {sound:,} of {result['checked']:,} files are sound ({result['bytes']:,} bytes)"]
 
 
 def raw_record(path: Path) -> Tracing:

@@ -109,6 +109,7 @@ def inspect(commands) -> None:
     )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw one 12-lead ECG, 25 mm/s and 10 mm/mV")
     parser.add_argument("--audit", type=Path, metavar="PNG", help="draw the audit: amplitudes, quality, prevalences")
+    parser.add_argument("--verify", action="store_true", help="read every file of a data folder, check every digest")
     parser.add_argument("--record", metavar="ID", help="which record (default: the first of the test split)")
     parser.add_argument("--json", action="store_true")
 
@@ -116,6 +117,8 @@ def inspect(commands) -> None:
 def _run_inspect(args: argparse.Namespace) -> int:
     from ecg_jax import inspection
 
+    if args.verify:
+        return _verify(args)
     if args.path.name.startswith("codes-"):
         return _inspect_codes(args)
     if args.path.suffix.lower() in inspection.RAW:
@@ -137,6 +140,18 @@ def _run_inspect(args: argparse.Namespace) -> int:
 
         draw_card(result, args.audit)
         print(f"audit of {result['name']} drawn to {args.audit}", file=sys.stderr)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from ecg_jax import inspection
+    from ecg_jax.errors import DataError
+    from ecg_jax.shards.schema import REPAIR
+
+    result = inspection.verify(args.path)
+    show(result, args.json, inspection.verified_lines)
+    if result["damaged"]:
+        raise DataError(f"{result['path']}: {len(result['damaged'])} files are not what card.json names; {REPAIR}")
     return 0
 
 

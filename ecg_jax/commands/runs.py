@@ -1,15 +1,18 @@
 """`train` and `probe`: from data folders to encoders and rows of the eval log."""
 
 import argparse
+import os
 from pathlib import Path
 
 from ecg_jax.commands.common import add, show
-from ecg_jax.errors import UsageError
+from ecg_jax.errors import EcgJaxError, UsageError
 
 
 def train(commands) -> None:
     example = "train configs/supervised_ptbxl.toml --run runs/R4 model.rung=R4 optim.lr=1e-3"
     parser = add(commands, "train", "train one encoder; resumes if the run folder exists", example, _run_train)
+    several = "sbatch --nodes=2 tools/launch_slurm.sh CONFIG.toml --run DIR   (TPU: tools/launch_tpu.sh)"
+    parser.epilog += f"\n\nseveral hosts:\n  {several}"
     parser.add_argument("config", type=Path, metavar="CONFIG.toml")
     parser.add_argument("--run", type=Path, required=True, dest="run_dir", metavar="DIR", help="the run folder")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -22,12 +25,19 @@ def _run_train(args: argparse.Namespace) -> int:
 
     resolved = config.load(args.config, args.overrides + args.rest)
     from ecg_jax.models import ladder
-    from ecg_jax.training import runtime
+    from ecg_jax.training import hosts, runtime
     from ecg_jax.training.loop import train
 
-    if not resolved.train.devices and resolved.objective.name != "codebook":
+    several = any(map(os.environ.get, hosts.VARIABLES))  # which share the machine's cores between them
+    if not (several or resolved.train.devices or resolved.objective.name == "codebook"):
         runtime.spread(ladder.get(resolved.model.rung), resolved.train.lanes)
-    summary = train(resolved, args.run_dir)
+    try:
+        summary = train(resolved, args.run_dir)
+    except EcgJaxError as error:
+        hosts.leave(error)
+        raise
+    if not hosts.first():
+        return 0
     show(summary, args.json, lambda s: _summary_lines(s, args.run_dir))
     return 0
 

@@ -7,7 +7,7 @@ space of the codebook and the inner product with its frozen rows ("factorised"),
 bias per code. Only targets get that far. Not part of an encoder, and counted apart from its N.
 
 Invariants: places without a target change no result and no gradient, and are not told codes of; the loss and its
-gradient never hold more logits than CHUNK_BYTES, or those of GROUPS targets.
+gradient never hold more logits than CHUNK_BYTES says, or those of GROUPS targets.
 
 Shapes: B records, K targets, F frames, D channels of a frame, R = READ, L leads, M targets of a lead (or of a group of
 records), G groups, C targets scored at once, N codes, d features of a code.
@@ -33,7 +33,8 @@ HEADS = ("factorised", "full")
 START_GAIN = 0.01  # variance of the last matrix at the start, relative to 1 / inputs: first losses are the prior's
 LEAST = 1e-3  # probability that the starting bias spreads evenly over all codes
 GROUPS = 8  # of neighbouring records, whose targets are put together: as many as the lanes that devices share
-CHUNK_BYTES = 4 << 20 if jax.default_backend() == "cpu" else 32 << 20  # of logits; on CPU, what stays near the cores
+CHUNK_BYTES = {"cpu": 4 << 20}  # of logits, by backend: on CPU what stays near the cores
+MOST_BYTES = 32 << 20  # elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +215,8 @@ cross_entropy.defvjp(_forward, _backward)
 
 def turn_size(groups: int, places: int, codes: int) -> int:
     """How many places of each group are scored at once."""
-    return max(1, min(places, CHUNK_BYTES // (4 * groups * codes)))
+    most = CHUNK_BYTES.get(jax.default_backend(), MOST_BYTES)  # asked here: on import it would settle JAX's devices
+    return max(1, min(places, most // (4 * groups * codes)))
 
 
 def _in_turns(precision, points_BxKxd, rows_Nxd, bias_N, code_BxK, weight_BxK, learned: bool | None):

@@ -24,6 +24,7 @@ from ecg_jax.errors import DataError, MachineError, UsageError
 from ecg_jax.records import windows
 from ecg_jax.records.windows import MAX_PEAKS, SLOTS
 from ecg_jax.shards.catalog import DataFolder, Shard
+from ecg_jax.shards.grouping import hash64
 from ecg_jax.shards.schema import CARD
 
 FORMAT = 1
@@ -59,22 +60,21 @@ class CodesFolder:
         """Codes of the codebook."""
         return self.card["codebook"]["config"]["codes"]
 
-    def read(self, shard: Shard, rows: np.ndarray, record_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(codes uint16 [n, 256], R peaks int16 [n, 50]) of the records `rows` (`schema.IndexRow`) of `shard`, whose
-        ids are `record_ids`.
+    def read(self, shard: Shard, rows: np.ndarray, dataset: str) -> tuple[np.ndarray, np.ndarray]:
+        """(codes uint16 [n, 256], R peaks int16 [n, 50]) of the records `rows` (`schema.IndexRow`) of `shard`, a shard
+        of the data set `dataset`.
 
         Raises DataError where a file is missing or damaged, or belongs to other records.
         """
         found = read_files(self.path, shard.path.name, self.card["files"][shard.path.name], shard.records)
         at = np.searchsorted(shard.index()["frame"], rows["frame"])
-        stored = found["ids"][at].tolist()
-        wanted = [name.encode() for name in record_ids]
-        if stored != wanted:
-            first = next(i for i, (a, b) in enumerate(zip(stored, wanted, strict=True)) if a != b)
-            raise DataError(
-                f"{self.path / _file(shard.path.name, 'ids')}: has {stored[first].decode()!r} where the "
-                f"shard has {record_ids[first]!r}; {_again(self.path)}"
-            )
+        stored = [record_id.decode() for record_id in found["ids"][at].tolist()]
+        for record_id, wanted in zip(stored, rows["record"].tolist(), strict=True):
+            if hash64("record", dataset, record_id) != wanted:
+                raise DataError(
+                    f"{self.path / _file(shard.path.name, 'ids')}: has {record_id!r} where the shard has another "
+                    f"record; {_again(self.path)}"
+                )
         return found["codes"][at], found["peaks"][at]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from ecg_jax.errors import DataError, UsageError
 from ecg_jax.records.windows import NO_CODE
 from ecg_jax.shards.grouping import LANES
-from ecg_jax.shards.tables import Table
+from ecg_jax.shards.tables import FIELDS, Table
 
 ROUNDS = 8  # of the Feistel network; four are enough for an order that passes for random, and these cost little
 _U = np.uint64
@@ -103,14 +103,14 @@ class Order:
         return index.astype(np.int32), epoch.astype(np.int32)
 
 
-FIELDS = ("signal", "labels", "valid")  # what supervised training wants of a table
 FILL = {"signal": 0, "labels": -1, "valid": 0, "rpeaks": -1, "codes": NO_CODE}  # of the places beyond `counts`
 
 
 class Lanes(NamedTuple):
-    """A table laid out by lane: counts int32 [8], record_hash uint64 [8, capacity], and of the rest what was asked
-    for: signal int16 [8, capacity, 1000, L], labels int8 [8, capacity, K], valid int32 [8, capacity, 2], rpeaks
-    int16 [8, capacity, 50], codes uint16 [8, capacity, 256]. Beyond `counts` stands FILL, a hash of 0."""
+    """A table laid out by lane: counts int32 [8] of all lanes, and of the P lanes laid out record_hash uint64
+    [P, capacity] and what else was asked for: signal int16 [P, capacity, 1000, L], labels int8 [P, capacity, K], valid
+    int32 [P, capacity, 2], rpeaks int16 [P, capacity, 50], codes uint16 [P, capacity, 256]. Beyond `counts` stands
+    FILL, a hash of 0."""
 
     counts: np.ndarray
     record_hash: np.ndarray
@@ -121,9 +121,11 @@ class Lanes(NamedTuple):
     codes: np.ndarray | None = None
 
 
-def lane_layout(table: Table, capacity: int | None = None, fields: Sequence[str] = FIELDS) -> Lanes:
-    """The `fields` of `table` by lane, in table order inside a lane. `capacity` (default: the whole split's, so that
-    every subset has the same shapes and needs no new compilation) must hold the fullest lane.
+def lane_layout(
+    table: Table, capacity: int | None = None, fields: Sequence[str] = FIELDS, lanes: Sequence[int] = range(LANES)
+) -> Lanes:
+    """The `fields` of `table` for `lanes`, in table order inside a lane. `capacity` (default: the whole split's, so
+    that every subset has the same shapes and needs no new compilation) must hold the fullest lane.
 
     Raises UsageError for a field that the table does not hold.
     """
@@ -131,16 +133,16 @@ def lane_layout(table: Table, capacity: int | None = None, fields: Sequence[str]
     if missing:
         remedy = "; load the table with the folder of codes that `ecg-jax tokenize` wrote" if "codes" in missing else ""
         raise UsageError(f"the table holds no {' and no '.join(missing)}{remedy}")
-    counts = np.bincount(table.lane, minlength=LANES).astype(np.int32)
+    counts = np.bincount(table.lanes_of_all, minlength=LANES).astype(np.int32)
     capacity = table.capacity if capacity is None else capacity
     if counts.max(initial=0) > capacity:
         raise ValueError(f"capacity {capacity} is below the fullest lane's {counts.max()} records")
-    rows = [np.flatnonzero(table.lane == lane) for lane in range(LANES)]
+    rows = [np.flatnonzero(table.lane == lane) for lane in lanes]
 
     def lay(values: np.ndarray, fill: int) -> np.ndarray:
-        out = np.full((LANES, capacity, *values.shape[1:]), fill, values.dtype)
-        for lane, chosen in enumerate(rows):
-            out[lane, : len(chosen)] = values[chosen]
+        out = np.full((len(rows), capacity, *values.shape[1:]), fill, values.dtype)
+        for place, chosen in zip(out, rows, strict=True):
+            place[: len(chosen)] = values[chosen]
         return out
 
     laid = {name: lay(getattr(table, name), FILL[name]) for name in fields}

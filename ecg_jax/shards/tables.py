@@ -24,8 +24,10 @@ from ecg_jax.records.windows import MAX_PEAKS, SLOTS
 from ecg_jax.shards import peaks, schema
 from ecg_jax.shards.catalog import WHOLE, DataFolder, Shard, Subset, open_folder, select
 from ecg_jax.shards.codes import CodesFolder, open_codes
-from ecg_jax.shards.grouping import LANES
-from ecg_jax.shards.writer import bayes_of
+from ecg_jax.shards.grouping import LANES, hash64
+from ecg_jax.shards.host import Mapped, MappedSignals, map_shard, to_twelve
+
+FIELDS = ("signal", "labels", "valid")  # what supervised training wants of a record
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Table:
     unknown; valid int32 [n, 2] (start, length); lane int32 [n], the shard's number mod 8; record_hash,
     group_hash uint64 [n]; age, sex float32 [n], NaN unknown; bayes float32 [n, K], the simulator's true
     probabilities, or None; unit mV, z or mixed; capacity, the records of the largest lane of the whole split,
-    whatever the subset. rpeaks int16 [n, 50], positions of the R peaks in samples, ascending, -1 beyond the last:
+    whatever the subset; whole_lane int32, the lanes of all records of the
+    selection where this table holds the shards of some lanes only (a process among several), else None. signal may be
+    `host.MappedSignals`. rpeaks int16 [n, 50], positions of the R peaks in samples, ascending, -1 beyond the last:
     those of the shards, or, with codes, those that the coded beats were cut at. codes uint16 [n, 256], of
     `records.windows`' slots, NO_CODE where there is no beat; None where none were asked for.
     """
@@ -57,9 +61,15 @@ class Table:
     capacity: int
     rpeaks: np.ndarray | None = None
     codes: np.ndarray | None = None
+    whole_lane: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.signal)
+
+    @property
+    def lanes_of_all(self) -> np.ndarray:
+        """int32 [N]: the lane of every record of the selection, those of other processes' shards included."""
+        return self.lane if self.whole_lane is None else self.whole_lane
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,11 @@ class Selection:
     @property
     def records(self) -> int:
         return sum(len(rows) for _, _, rows in self.parts)
+
+    @property
+    def index(self) -> np.ndarray:
+        """`schema.IndexRow` of all chosen records."""
+        return np.concatenate([rows for _, _, rows in self.parts])
 
 
 def choose(
@@ -133,6 +148,8 @@ def load(
     subset: Subset = WHOLE,
     exclude: Collection[int] = frozenset(),
     codes: Sequence[Path | str] | None = None,
+    lanes: Collection[int] = range(LANES),
+    mapped: bool = False,
 ) -> Table:
     """The records of `split` of all `folders`, labels aligned by name.
 
@@ -142,16 +159,22 @@ def load(
     subset   applies to "train" only: val and test never shrink
     exclude  group hashes to leave out, of whatever split is loaded
     codes    a folder of `ecg-jax tokenize` for each data folder, as name inside it or as path
+    lanes    read the shards of these only; of the others nothing but their indexes is opened
+    mapped   leave the samples in their files (`host.MappedSignals`); then damage is found when a record is first read
 
     A folder without such a split adds nothing where another has it. Deterministic. Raises DataError for a missing
     folder, split, task or label (naming those there are), an empty selection, a damaged shard (naming file and byte),
     or codes that are not those of these shards.
     """
     s = choose(folders, split, task, labels=labels, subset=subset, exclude=exclude)
-    n, k = s.records, len(s.label_names)
+    whole = (s.index["shard"] % LANES).astype(np.int32)
+    parts = [part for part in s.parts if part[1].number % LANES in lanes]
+    index = np.concatenate([s.parts[0][2][:0], *(rows for _, _, rows in parts)])
+    n, k = len(index), len(s.label_names)
     with_bayes = (s.folders[f].card["splits"][split].get("bayes_loss", {}) for f in {f for f, _, _ in s.parts})
     has_bayes = bool(task) and all(task in known for known in with_bayes)
-    signal = np.empty((n, schema.LENGTH, len(schema.LEAD_NAMES[s.leads])), np.int16)
+    signal = np.empty((0 if mapped else n, schema.LENGTH, len(schema.LEAD_NAMES[s.leads])), np.int16)
+    maps: list[Mapped] = []
     out_labels = np.full((n, k), -1, np.int8)
     bayes = np.full((n, k), np.nan, np.float32) if has_bayes else None
     age, sex = np.empty(n, np.float32), np.empty(n, np.float32)
@@ -160,14 +183,18 @@ def load(
     out_codes = None if coded is None else np.empty((n, SLOTS), np.uint16)
     record_ids: list[str] = []
     # One buffer for all shards: fresh memory is as slow to touch as the file is to read.
-    buffer = np.empty(max(_chosen_bytes(rows) for _, _, rows in s.parts), np.uint8)
+    buffer = np.empty(0 if mapped else max((_chosen_bytes(rows) for _, _, rows in parts), default=0), np.uint8)
     at = 0
-    for f, shard, chosen in track(s.parts, f"load {split}", unit="shards"):
+    for f, shard, chosen in track(parts, f"load {split}", unit="shards"):
         folder, here = s.folders[f], slice(at, at + len(chosen))
-        data, rows = _read(shard.path, chosen, buffer)
-        _copy_signals(data, rows, folder.leads, signal[here])
+        if mapped:
+            data, rows = map_shard(shard.path), chosen
+            maps.append(Mapped(shard.path, data, rows, folder.leads))
+        else:
+            data, rows = _read(shard.path, chosen, buffer)
+            _copy_signals(data, rows, folder.leads, signal[here])
         fixed = schema.fixed_offsets(folder.leads, tuple((t, len(v)) for t, v in folder.card["tasks"].items()))
-        _check_layout(data, rows, fixed, shard.path)
+        _check_layout(data, rows, fixed, shard.path, folder.card["name"])
         age[here] = _gather(data, rows, *fixed["age"]).view("<f4")[:, 0]
         sex[here] = _gather(data, rows, *fixed["sex"]).view("<f4")[:, 0]
         used = s.columns[f] >= 0
@@ -178,15 +205,16 @@ def load(
         if coded is None:
             rpeaks[here] = peaks.read(data, rows, shard.path)
         else:
-            out_codes[here], rpeaks[here] = coded[f].read(shard, chosen, record_ids[at:])
+            out_codes[here], rpeaks[here] = coded[f].read(shard, chosen, folder.card["name"])
         if bayes is not None:
+            from ecg_jax.shards.writer import bayes_of  # simulated data only: it brings scipy.signal, a second
+
             true = [bayes_of(_meta(data, row), task, len(used)) for row in rows]
             bayes[here, s.columns[f][used]] = np.array(true, np.float32)[:, used]
         at += len(rows)
-    index = np.concatenate([rows for _, _, rows in s.parts])
     units = {folder.card["unit"] for folder in s.folders}
     return Table(
-        signal=signal,
+        signal=MappedSignals(maps, s.leads) if mapped else signal,
         labels=out_labels,
         label_names=s.label_names,
         valid=index["valid"].astype(np.int32),
@@ -202,7 +230,17 @@ def load(
         capacity=s.capacity,
         rpeaks=rpeaks,
         codes=out_codes,
+        whole_lane=whole if len(lanes) < LANES else None,
     )
+
+
+def read_codes(chosen: Selection, codes: Sequence[Path | str]) -> tuple[np.ndarray, np.ndarray]:
+    """(codes uint16 [n, 256], R peaks int16 [n, 50] that they were cut at) of a selection, in its order, out of one
+    folder of codes for each data folder. Raises DataError where they are not those of these records."""
+    opened = _open_codes(chosen.folders, codes)
+    names = [folder.card["name"] for folder in chosen.folders]
+    found = [opened[f].read(shard, rows, dataset=names[f]) for f, shard, rows in chosen.parts]
+    return np.concatenate([codes for codes, _ in found]), np.concatenate([peaks for _, peaks in found])
 
 
 def _open_codes(folders: Sequence[DataFolder], codes: Sequence[Path | str]) -> list[CodesFolder]:
@@ -313,16 +351,13 @@ def _copy_signals(data: np.ndarray, rows: np.ndarray, leads: schema.Leads, out: 
         out[i] = samples if expand is None else to_twelve(samples, expand)
 
 
-def to_twelve(samples: np.ndarray, expand: np.ndarray) -> np.ndarray:
-    """int16 [..., 8] -> int16 [..., 12], rounded and held inside int16."""
-    return np.clip(np.rint(samples.astype(np.float32) @ expand), -32767, 32767).astype(np.int16)
-
-
-def _check_layout(data: np.ndarray, rows: np.ndarray, fixed: dict, path: Path) -> None:
-    """One full decode a shard: the constant distances, and the walk to the R peaks, must lead to what the fields
-    hold."""
+def _check_layout(data: np.ndarray, rows: np.ndarray, fixed: dict, path: Path, name: str) -> None:
+    """One full decode a shard: it must be a shard of this data set, and the constant distances, and the walk to the R
+    peaks, must lead to what the fields hold."""
     start, length = int(rows["frame"][0]) + schema.HEADER, int(rows["length"][0])
     stored = schema.decode(data[start : start + length].tobytes())
+    if hash64("record", name, stored["record_id"]) != int(rows["record"][0]):
+        raise DataError(f"{path}: holds records of another data set ({stored['record_id']!r}); {schema.REPAIR}")
     found = {name: _gather(data, rows[:1], *place).tobytes() for name, place in fixed.items()}
     expected = {f"labels/{task}": labels.tobytes() for task, labels in stored["labels"].items()}
     expected["signature"] = stored["signature"]

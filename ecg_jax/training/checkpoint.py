@@ -1,7 +1,8 @@
 """Checkpoints of a run: the only importer of Orbax.
 
 One checkpoint holds the arrays (state and best state) and a JSON object (controller, time accounting, byte
-offset of the metrics file). Written asynchronously, visible only when complete, the last few kept. A
+offset of the metrics file). Written asynchronously, visible only when complete; the last few are kept, and those at
+a fixed cadence for ever. A
 checkpoint that cannot be read, or whose arrays have another checksum than they were saved with (Orbax does
 not notice a flipped byte), is named in a warning and the one before it is used. Does not decide what is in a
 checkpoint or what follows from it.
@@ -10,11 +11,12 @@ Invariant: `save` hands over buffers that nobody else will donate or change.
 """
 
 import gc
+import itertools
 import json
 import logging
 import shutil
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import numpy as np
 
 from ecg_jax.config import CheckpointConfig
 from ecg_jax.errors import DataError, MachineError
+from ecg_jax.training import hosts
 
 
 class Checkpoints:
@@ -36,11 +39,14 @@ class Checkpoints:
         self._last_time = time.monotonic()
         self._last_update = -1
 
-    def due(self, update: int, per_dispatch: int) -> bool:
-        """Whether the cadence of the configuration asks for a checkpoint after this update."""
-        every, seconds = self.config.every_steps, self.config.every_seconds
-        by_step = every > 0 and update // every > max(self._last_update, update - per_dispatch, 0) // every
-        return by_step or (seconds > 0 and time.monotonic() - self._last_time >= seconds)
+    def due(self, update: int) -> bool:
+        """Whether `every_steps` asks for a checkpoint after this update; one that an evaluation held up stays due."""
+        every = self.config.every_steps
+        return every > 0 and update // every > max(self._last_update, 0) // every
+
+    def overdue(self) -> bool:
+        """Whether the last one is `every_seconds` old: a matter of this process's clock: of several one decides."""
+        return 0 < self.config.every_seconds <= time.monotonic() - self._last_time
 
     def save(self, update: int, arrays: dict[str, Any], host: dict[str, Any], wait: bool = False) -> None:
         """Start writing a checkpoint; returns before it is on disk unless `wait`.
@@ -56,7 +62,7 @@ class Checkpoints:
         try:
             manager = self._open()
             # Copied, because it is written later, by a thread, when the loop has gone on.
-            about = {"host": json.loads(json.dumps(host)), "crc32c": checksum(arrays)}
+            about = {"host": json.loads(json.dumps(host)), "crc32c": checksum(arrays)}  # of several, process 0's
             manager.save_async(update, arrays, force=True, overwrite=True, custom_metadata=about)
         except (OSError, ValueError, RuntimeError) as error:
             raise MachineError(f"cannot write checkpoint {self.folder / str(update)}: {_line(error)}") from error
@@ -71,17 +77,21 @@ class Checkpoints:
         Raises:
             DataError: there are checkpoints and not one of them can be read.
         """
-        if not self.folder.is_dir() or not any(path.name.isdigit() for path in self.folder.iterdir()):
+        there = self.folder.is_dir() and any(path.name.isdigit() for path in self.folder.iterdir())
+        hosts.meet("checkpoints listed")
+        if not there:
             return None
         damaged: list[Path] = []
         for update in sorted((found.step for found in self._open().checkpoints), reverse=True):
             read = self._read(update, abstract)
+            if hosts.total(np.array(isinstance(read, str))) and not isinstance(read, str):
+                read = "another process could not read it"
             if not isinstance(read, str):
                 self._set_aside(damaged)
                 self._last_update = update
                 return update, *read
             damaged.append(self.folder / str(update))
-            print(f"warning: checkpoint {damaged[-1]} is damaged and not used: {read}", file=sys.stderr)
+            hosts.say(f"warning: checkpoint {damaged[-1]} is damaged and not used: {read}")
         raise DataError(f"no checkpoint in {self.folder} can be read; delete the run folder to start anew")
 
     def _read(self, update: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | str:
@@ -121,10 +131,12 @@ class Checkpoints:
         """
         if damaged:
             self.close()
-        for path in damaged:
+        for path in damaged if hosts.first() else ():
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+        if damaged:
+            hosts.meet("damaged checkpoints set aside")
 
     def _open(self) -> Any:
         if self._manager is None:
@@ -132,21 +144,40 @@ class Checkpoints:
             from orbax.checkpoint import v1 as ocp
 
             absl.logging.set_verbosity(absl.logging.ERROR)  # a page of progress per save otherwise
+            policies = ocp.training.preservation_policies
+            keep = [policies.LatestN(self.config.keep)]
+            if self.config.keep_every:
+                keep.append(_Milestones(self.config.keep_every))
             self._manager = ocp.training.Checkpointer(
                 self.folder,
-                preservation_policy=ocp.training.preservation_policies.LatestN(self.config.keep),
+                preservation_policy=policies.AnyPreservationPolicy(keep),
                 cleanup_tmp_directories=True,
             )
         return self._manager
+
+
+class _Milestones:
+    """A preservation policy of Orbax: the first checkpoint at or after every multiple of a number of updates. (Its own
+    one keeps exact multiples, which an evaluation may hold up.)
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        passed = [0, *(found.step // self._every for found in checkpoints)]
+        return [now > before for before, now in itertools.pairwise(passed)]
 
 
 def checksum(arrays: Any) -> int:
     """CRC32C over all arrays of a tree, in tree order."""
     crc = 0
     for leaf in jax.tree.leaves(arrays):
-        crc = google_crc32c.extend(crc, np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+        crc = google_crc32c.extend(crc, np.ascontiguousarray(hosts.fetch(leaf)).tobytes())
     return crc
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # Orbax wraps what went wrong, several times over
+        error = error.__cause__
     return (" ".join(str(error).split()) or type(error).__name__)[:200]

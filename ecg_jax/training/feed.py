@@ -1,8 +1,9 @@
 """From tables to the device: placed arrays, and the inputs of each dispatch.
 
-`ResidentFeed` sends row numbers only, since the records lie on the devices; `StreamFeed` sends batches,
-prepared two ahead by a thread. Both are pure functions of the step they are asked for, so going on after a
-stop, or back to an earlier step, is arithmetic. No model, no randomness of their own beyond the order.
+`ResidentFeed` sends row numbers only, since the records lie on the devices; `BatchFeed` sends batches,
+prepared two ahead by a thread. A process among several places and sends the records of its own lanes. Both are pure
+functions of the step they are asked for, so going on after a stop, or back to an earlier step, is arithmetic. No
+model, no randomness of their own beyond the order.
 
 Invariant: a placed field of a table is shared by all runs of the process that use the same table object on the same
 devices, whichever other fields they ask for.
@@ -19,13 +20,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ecg_jax.errors import UsageError
-from ecg_jax.shards.resident import FIELDS, Order, lane_layout
-from ecg_jax.shards.tables import Table
+from ecg_jax.shards.grouping import LANES
+from ecg_jax.shards.resident import Order, lane_layout
+from ecg_jax.shards.tables import FIELDS, Table
 from ecg_jax.training import mesh as mesh_lib
 
 PREFETCH = 2  # batches ahead; more only hides variance and costs memory
-STREAMED = ("signal", "labels", "valid")  # what the stream of batches carries
 
 Inputs = tuple[dict[str, jax.Array], Any, Any]
 
@@ -38,7 +38,7 @@ class Placed:
             [8, capacity, 2], rpeaks int16 [8, capacity, 50], codes uint16 [8, capacity, 256]) and hash uint32
             [8, capacity, 2] (high and low word of the record's hash), split over the devices by lane
     counts  int32 [8], records in each lane, on the host; `counts_there` the same on the devices
-    source  int64 [8, capacity], the table row at each place, -1 where there is none
+    source  int64 [8, capacity], the row of the whole selection at each place, -1 where there is none
     """
 
     rows: dict[str, jax.Array]
@@ -75,16 +75,16 @@ def place(table: Table, mesh: Mesh, fields: Sequence[str] = FIELDS) -> Placed:
 def _place(table: Table, mesh: Mesh, fields: Sequence[str], there: dict[str, jax.Array]) -> Placed:
     """`there`: the fields of this table that lie on these devices already."""
     new = [name for name in fields if name not in there]
-    lanes = lane_layout(table, fields=new)
+    lanes = lane_layout(table, fields=new, lanes=mesh_lib.own_lanes(mesh, LANES))
     host = {name: getattr(lanes, name) for name in new}
     if "hash" not in there:
         host["hash"] = _words(lanes.record_hash)
-    source = np.full(lanes.record_hash.shape, -1, np.int64)
+    source = np.full((LANES, lanes.record_hash.shape[1]), -1, np.int64)
     for lane, count in enumerate(lanes.counts):
-        source[lane, :count] = np.flatnonzero(table.lane == lane)
-    rows = there | jax.device_put(host, mesh_lib.lanes_first(mesh))
+        source[lane, :count] = np.flatnonzero(table.lanes_of_all == lane)
+    rows = there | mesh_lib.put_parts(host, mesh_lib.lanes_first(mesh))
     rows = {name: rows[name] for name in (*fields, "hash")}
-    return Placed(rows, lanes.counts, jax.device_put(lanes.counts, mesh_lib.replicated(mesh)), source)
+    return Placed(rows, lanes.counts, mesh_lib.put(lanes.counts, mesh_lib.replicated(mesh)), source)
 
 
 def _words(hashes: np.ndarray) -> np.ndarray:
@@ -110,25 +110,17 @@ class ResidentFeed:
         """Nothing to stop: this feed has no thread."""
 
 
-class StreamFeed:
-    """Inputs of a dispatch as whole batches from an iterator over shards, read and sent ahead by a thread."""
+class BatchFeed:
+    """Inputs of a dispatch as whole batches, read and sent ahead by a thread: of mapped shards, or of a stream."""
 
     def __init__(
         self,
-        batches: Callable[[int], Iterator[dict]],
+        batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
         mesh: Mesh,
         scan: bool,
         fields: Sequence[str] = FIELDS,
     ) -> None:
-        """`batches(start_step)` gives host batches: `fields`, record_hash uint64 [B], epoch int32 [B].
-
-        Raises UsageError for fields that no stream carries: R peaks and codes.
-        """
-        missing = [name for name in fields if name not in STREAMED]
-        if missing:
-            raise UsageError(
-                f"the stream loader carries no {' and no '.join(missing)}: set train.loader=resident for this objective"
-            )
+        """`batches(step)` gives this process's part of the batches from a step on: `fields`, record_hash, epoch."""
         self._fields = tuple(fields)
         self._batches, self._mesh, self._scan = batches, mesh, scan
         self._thread: threading.Thread | None = None
@@ -171,8 +163,9 @@ class StreamFeed:
                 fields = {name: batch[name] for name in (*self._fields, "epoch")}
                 entries.append(fields | {"hash": _words(batch["record_hash"])})
                 if len(entries) == per_dispatch:
-                    out.put(_send_entries(entries, self._mesh, self._scan))
+                    out.put(_send_entries(entries, self._mesh, self._scan, mesh_lib.put_parts))
                     entries = []
+                del batch, fields  # what is held here is not written anew
                 if stop.is_set():
                     return
             out.put(RuntimeError("the stream of batches ended, which it never should"))
@@ -180,12 +173,12 @@ class StreamFeed:
             out.put(error)
 
 
-def _send_entries(entries: list[dict], mesh: Mesh, scan: bool) -> Any:
+def _send_entries(entries: list[dict], mesh: Mesh, scan: bool, put: Callable = mesh_lib.put) -> Any:
     if scan:
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *entries)
-        return jax.device_put(stacked, mesh_lib.lanes_second(mesh))
-    return jax.device_put(entries, mesh_lib.lanes_first(mesh))
+        return put(stacked, mesh_lib.lanes_second(mesh))
+    return put(entries, mesh_lib.lanes_first(mesh))
 
 
 def _send_rates(rates: np.ndarray, mesh: Mesh, scan: bool) -> Any:
-    return jax.device_put(rates if scan else list(rates), mesh_lib.replicated(mesh))
+    return mesh_lib.put(rates if scan else list(rates), mesh_lib.replicated(mesh))

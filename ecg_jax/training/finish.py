@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,17 @@ from ecg_jax import config as config_lib
 from ecg_jax import files, objectives
 from ecg_jax.config import Config
 from ecg_jax.evaluation import evalog
-from ecg_jax.training import export, folder, metrics, outcomes, step
+from ecg_jax.models import flops
+from ecg_jax.training import export, folder, hosts, metrics, outcomes, step
 from ecg_jax.training import mesh as mesh_lib
-from ecg_jax.training.data import Data
+from ecg_jax.training.data import Data, whole
 from ecg_jax.training.feed import place
 from ecg_jax.training.recipe import Controller
 from ecg_jax.training.results import Results
 
 PARADIGMS = {"supervised": "SL", "masked_codes": "SSL", "codebook": "codebook"}
 LOOKED_UP = ("lead_table", "time_table", "cls", "mask_vector")  # parameters that are added, never multiplied
+WRITING = 1800.0  # seconds that the first process may take for intervals and baselines, while the others wait
 PACKAGES = ("ecg-jax", "jax", "jaxlib", "flax", "numpy", "orbax-checkpoint")
 
 
@@ -60,18 +62,28 @@ def done(run: Run, last: step.State) -> dict[str, Any]:
         same = run.control.best_update == run.control.update
         on_test_last = on_test if same else _kept(run, last.params, test)
         params = metrics.read(best.params)
-        found = outcomes.of(run.config.objective.name)(run, params, _kept(run, best.params, val), on_test, on_test_last)
-        summary = _summary(run, run.control.status()) | {"losses": _losses(run) | found.losses} | found.summary
-        if run.config.objective.name != "codebook":
-            export.save_encoder(run.run_dir, run.objective.arch, params["encoder"], _about_encoder(run, summary))
-            rows = [_columns(run, summary) | row for row in found.rows]
-            evalog.append(run.run_dir / folder.EVALS, [*rows, _last_row(run, summary, found)])
-    return _write(run, summary)
+        on_val = _kept(run, best.params, val)
+        data = replace(data, val=whole(data.val), test=whole(data.test))
+        run = replace(run, data=data)
+    if not hosts.first():
+        hosts.meet("written", seconds=WRITING)
+        return folder.finished(run.run_dir) or {}
+    with hosts.together("written"):
+        with run.clock.of("finish"):
+            found = outcomes.of(run.config.objective.name)(run, params, on_val, on_test, on_test_last)
+            summary = _summary(run, run.control.status()) | {"losses": _losses(run) | found.losses} | found.summary
+            if run.config.objective.name != "codebook":
+                export.save_encoder(run.run_dir, run.objective.arch, params["encoder"], _about_encoder(run, summary))
+                rows = [_columns(run, summary) | row for row in found.rows]
+                evalog.append(run.run_dir / folder.EVALS, [*rows, _last_row(run, summary, found)])
+        return _write(run, summary)
 
 
 def diverged(run: Run) -> dict[str, Any]:
     """Record a run that left the finite numbers: a row without a value, and the summary."""
     summary = _summary(run, "diverged") | {"losses": _losses(run)}
+    if not hosts.first():
+        return summary
     if run.config.objective.name != "codebook":
         metric = outcomes.METRICS[run.config.objective.name]
         row = _columns(run, summary) | {"label": "macro", "metric": metric, "value": None, "domain": "id"}
@@ -154,6 +166,13 @@ def _summary(run: Run, status: str) -> dict[str, Any]:
     }
 
 
+def mfu(objective: step.Objective, mesh: Mesh, ecg_per_s: float) -> float | None:
+    """Share of the devices' dense peak that training reaches, by analytic FLOPs; None where the peak is not known."""
+    precision = getattr(getattr(objective, "front", None), "dtype", "float32")
+    peak = flops.peak_flops(mesh.devices.flat[0].device_kind, precision)
+    return None if peak is None else objectives.training_flops(objective) * ecg_per_s / (peak * mesh.size)
+
+
 def _count(run: Run) -> tuple[int, int, int]:
     """Parameters of the encoder, of encoder and head, and those of the encoder that are only looked up.
 
@@ -210,6 +229,8 @@ def versions() -> dict[str, str]:
 
 
 def _write(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
+    if not hosts.first():
+        return summary
     spent = run.clock.spent()
     trained = run.control.update * run.config.train.batch
     speed = {

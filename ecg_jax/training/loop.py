@@ -11,6 +11,7 @@ bytes as one that was not.
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,10 +26,10 @@ from ecg_jax.config import Config
 from ecg_jax.errors import DivergedError, InterruptedRun
 from ecg_jax.shards.tables import Table
 from ecg_jax.training import data as data_lib
-from ecg_jax.training import finish, folder, metrics, optim, recipe, runtime, step
+from ecg_jax.training import finish, folder, hosts, memory, metrics, optim, recipe, runtime, step
 from ecg_jax.training import mesh as mesh_lib
 from ecg_jax.training.checkpoint import Checkpoints
-from ecg_jax.training.feed import ResidentFeed, StreamFeed, place
+from ecg_jax.training.feed import BatchFeed, ResidentFeed, place
 from ecg_jax.training.results import Results
 
 EVAL_BATCH = 256  # records per evaluation program, or the training batch if that is larger
@@ -53,16 +54,34 @@ def train(
         DataError: missing or damaged data, or no readable checkpoint.
         DivergedError: too many non-finite steps in a row; the summary says so too.
         InterruptedRun: SIGTERM or SIGINT came; the state is saved, the same call goes on from there.
-        MachineError: the disk refused.
+        MachineError: the disk or the memory refused, or another process of the run is lost.
     """
     run_dir = Path(run_dir)
-    with folder.claim(run_dir), runtime.stop_signals() as stop, contextlib.ExitStack() as at_end:
-        config = folder.adopt(run_dir, objectives.resolve(config))
-        return folder.finished(run_dir) or _train(config, run_dir, tables, quiet, stop, at_end)
+    hosts.join()
+    with runtime.stop_signals(str(run_dir)) as stop, contextlib.ExitStack() as at_end:
+        with hosts.together("run folder"):
+            if hosts.first():
+                at_end.enter_context(folder.claim(run_dir))
+        with hosts.together("configuration"):
+            config = folder.adopt(run_dir, objectives.resolve(config))
+            summary = folder.finished(run_dir)
+        account = memory.Account()
+        try:
+            return summary or _train(config, run_dir, tables, quiet or not hosts.first(), stop, at_end, account)
+        except jax.errors.JaxRuntimeError as error:
+            if (told := memory.explained(error, account, config, run_dir)) is None:
+                raise
+            raise told from error
 
 
 def _train(
-    config: Config, run_dir: Path, tables: Any, quiet: bool, stop: runtime.Stop, at_end: contextlib.ExitStack
+    config: Config,
+    run_dir: Path,
+    tables: Any,
+    quiet: bool,
+    stop: runtime.Stop,
+    at_end: contextlib.ExitStack,
+    account: memory.Account,
 ) -> dict[str, Any]:
     # ------------------------------------------------------------------------------------------------ runtime
     runtime.setup(config.train.cache_dir)
@@ -74,37 +93,41 @@ def _train(
     scan = not cpu and config.train.steps_per_dispatch > 1  # convolutions in a loop are pathological on CPU
 
     # --------------------------------------------------------------------------------------------------- data
-    with clock.of("data"):
+    with clock.of("data"), hosts.together("data"):
         data = data_lib.load(config, tables, mesh, quiet)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, loader=data.loader))
         objective = objectives.make(config, len(data.val.label_names), data.book)
         val = place(data.val, mesh, objective.fields)
-        if data.train is not None:
+        if data.batches is None:
             rows = place(data.train, mesh, objective.fields)
             feed = ResidentFeed(rows, mesh, config.train.batch, config.train.seed, scan)
             data = dataclasses.replace(data, train=None)  # the devices have it: the host's copy may go
         else:
-            feed = StreamFeed(data.stream, mesh, scan)
+            feed = BatchFeed(data.batches(objective.fields), mesh, scan, objective.fields)
         at_end.callback(feed.close)
 
     # ----------------------------------------------------------------------------------------------- programs
-    folder.check_data(run_dir, data.facts)
-    files.write(run_dir / folder.CONFIG, config_lib.to_json(config))
+    with hosts.together("same data"):
+        if hosts.first():
+            folder.check_data(run_dir, data.facts)
+            files.write(run_dir / folder.CONFIG, config_lib.to_json(config))
     parts = config.train.accumulate
     at_once = max(config.train.batch // parts, EVAL_BATCH)
     programs = step.build(objective, mesh, at_once, config.train.lanes, scan, parts)
 
     # -------------------------------------------------------------------------------------------------- state
     # Rate, decay, clipping and seed are arguments of the programs: another value is no other compilation.
-    hyper = jax.device_put(optim.hyper(config.optim, objective), everywhere)
-    seed = jax.device_put(np.uint32(config.train.seed), everywhere)
-    state = programs.init(seed, jax.device_put(data.start, everywhere))
-    control = recipe.Controller(recipe.plan(config, data.records, len(data.val)))
+    hyper = mesh_lib.put(optim.hyper(config.optim, objective), everywhere)
+    seed = mesh_lib.put(np.uint32(config.train.seed), everywhere)
+    state = programs.init(seed, mesh_lib.put(data.start, everywhere))
+    control = recipe.Controller(recipe.plan(config, data.records, data.facts["val"]["records"]))
 
     # ------------------------------------------------------------------------------------------------- resume
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint)
     both = {"state": programs.abstract._asdict(), "best": programs.abstract._asdict()}
     at_end.callback(checkpoints.close)
+    watchdog = runtime.Watchdog(config.train.watchdog, str(run_dir))
+    at_end.callback(watchdog.close)
     saved = checkpoints.restore(both)
     host = saved[2] if saved else {"offset": 0, "resumes": -1}
     log = metrics.Log(run_dir / folder.METRICS, host["offset"])
@@ -116,10 +139,13 @@ def _train(
         control.resume(host["control"])
         clock.resume(host["clock"])
         state = step.State(**saved[1]["state"])
-        timing.write({"resumed": resumes, "update": control.update})
+        timing.write({"resumed": resumes, "update": control.update, "input_wait_frac": None})
+        stop.saved = f"checkpoint {control.update} is there"
         if not quiet:
             print(f"{run_dir}: going on after update {control.update}", file=sys.stderr)
-    results = Results(control, log, timing, clock, objective.mean, config.train.log_every, config.train.batch)
+    mfu = functools.partial(finish.mfu, objective, mesh)
+    results = Results(control, log, timing, clock, objective.mean, config.train.log_every, config.train.batch, mfu)
+    votes = hosts.Votes(mesh)
     if saved:
         results.resume(host["results"], step.State(**saved[1]["best"]) if host["has_best"] else None)
 
@@ -145,9 +171,11 @@ def _train(
                 },
                 wait,
             )
+            stop.saved = f"checkpoint {control.update} has been begun" + (" and is whole" if wait else "")
 
     # --------------------------------------------------------------------------------------------------- loop
     run = finish.Run(config, run_dir, mesh, data, objective, programs, control, results, clock, resumes)
+    stopping = late = False  # once told, until it can be done
     try:
         if control.update == 0:
             evaluate()  # the untrained model, where every trajectory begins
@@ -156,12 +184,18 @@ def _train(
             rates = control.rates()
             with clock.of("input_wait"):
                 rows, inputs, there = feed.take(control.step, rates)
+            if not account.begun():
+                sent = (programs.many, inputs, there) if scan else (programs.one, inputs[0], there[0])
+                account.keep(sent[0], state, rows, *sent[1:], hyper, seed)
             state, values = programs.step(state, rows, inputs, there, hyper, seed)
             if block:
                 jax.block_until_ready(values)
             control.advance()
             results.sent_steps(values, float(rates[-1]))
             results.read(keep=1)
+            watchdog.beat()
+            told, overdue = votes.poll(stop.signal is not None, hosts.first() and checkpoints.overdue())
+            stopping, late = stopping or told, late or overdue
 
             # Evaluate; stop, go back to the best state, decay, or end, as the recipe says.
             if control.eval_due() and not control.wants_to_stop():
@@ -174,13 +208,13 @@ def _train(
 
             # Save when it is time to, or when told to stop, but not between an evaluation and its reading.
             if control.phase != "end" and not results.evaluating():
-                if stop.signal:
+                if stopping:
                     save(wait=True)
-                    raise InterruptedRun(
-                        f"{run_dir}: {stop.signal} after step {control.step}, saved; run it again to go on"
-                    )
-                if checkpoints.due(control.update, control.plan.dispatch):
+                    what = stop.signal or "another process was told to stop"
+                    raise InterruptedRun(f"{run_dir}: {what} after step {control.step}, saved; run it again to go on")
+                if late or checkpoints.due(control.update):
                     save()
+                    late = False
         results.selected()
     except DivergedError as error:
         finish.diverged(run)

@@ -8,6 +8,7 @@ step sees does not depend on the number of devices.
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ecg_jax.errors import UsageError
@@ -25,11 +26,12 @@ def make(lanes: int = 8, devices: int = 0, fsdp: int = 1) -> Mesh:
     """
     present = jax.devices()
     count = devices or len(present)
-    valid = [n for n in range(1, lanes + 1) if lanes % n == 0 and n <= len(present)]
+    few = len(present) if jax.process_count() > 1 else 1  # a process without a device has nothing to do
+    valid = [n for n in range(few, lanes + 1) if lanes % n == 0 and n <= len(present)]
     if count not in valid:
         raise UsageError(
             f"train.devices = {count} ({len(present)} present) does not divide the {lanes} lanes of the "
-            f"data; set train.devices to one of {', '.join(map(str, valid))}"
+            f"data; set train.devices to one of {', '.join(map(str, valid)) or 'none of these'}"
         )
     if count % fsdp:
         divisors = [n for n in range(1, count + 1) if count % n == 0]
@@ -53,6 +55,32 @@ def lanes_second(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def own_lanes(mesh: Mesh, lanes: int) -> range:
+    """The lanes whose records lie on this process's devices: all of them where it is alone."""
+    each = lanes // mesh.size
+    mine = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+    return range(mine[0] * each, (mine[-1] + 1) * each)
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """A tree of NumPy arrays that every process has whole, onto the devices."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def leaf(value: Any) -> jax.Array:
+        value = np.asarray(value)
+        return jax.make_array_from_callback(value.shape, sharding, lambda at: value[at])
+
+    return jax.tree.map(leaf, tree)
+
+
+def put_parts(tree: Any, sharding: NamedSharding) -> Any:
+    """A tree of NumPy arrays of which every process has its own equal part, along the axis that `sharding` splits."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda value: jax.make_array_from_process_local_data(sharding, value), tree)
 
 
 def state_shardings(abstract: Any, mesh: Mesh) -> Any:

@@ -14,20 +14,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from ecg_jax.errors import DataError
-from ecg_jax.training import runtime
+from ecg_jax.training import hosts, runtime
 
 
 def read(values: Any) -> Any:
-    """Wait for device values and return them as NumPy. The only place where training waits for a device."""
-    return jax.device_get(values)
+    """Wait for device values and return them as NumPy, whole on every process. The only place where training waits for
+    a device."""
+    return hosts.fetch(values)
 
 
 class Log:
     """A JSONL file that can be cut back to where a checkpoint stood. One object a line, NaN and infinity
-    as null.
+    as null. Of several processes only the first one writes.
     """
 
     def __init__(self, path: Path, offset: int | None = None) -> None:
@@ -36,12 +35,16 @@ class Log:
         Raises:
             DataError: the file is shorter than that.
         """
+        path = path if hosts.first() else Path(os.devnull)
+        if not hosts.first():
+            offset = None
         size = path.stat().st_size if path.exists() else 0
         offset = size if offset is None else offset
         if size < offset:
             raise DataError(f"{path} has {size} bytes, {offset} expected: lines are missing; delete the run folder")
         self._file = open(path, "ab")
-        self._file.truncate(offset)
+        if hosts.first():
+            self._file.truncate(offset)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; flushed, so that the file can be followed."""
@@ -51,7 +54,8 @@ class Log:
 
     def offset(self) -> int:
         """Bytes so far, safe on disk: what a checkpoint remembers must survive the machine too."""
-        os.fsync(self._file.fileno())
+        if hosts.first():
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:

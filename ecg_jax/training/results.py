@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from ecg_jax.errors import DivergedError
-from ecg_jax.training import metrics
+from ecg_jax.training import hosts, metrics
 from ecg_jax.training.recipe import Controller
 from ecg_jax.training.step import State
 
 BAD_STEPS = 20  # non-finite steps in a row that end a run as diverged
+SAID = (1, 10, 100, 1000)  # how many non-finite steps are worth a line on stderr
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Results:
     """The queue of unread results of one run, and what the read ones amount to.
 
     best is the state with the lowest loss on `val` (None before the first), last_loss the mean training loss of the
-    last line written. `mean` makes the loss of an evaluation's sums, as `step.Objective.mean`.
+    last line written. `mean` makes the loss of an evaluation's sums, as `step.Objective.mean`; `mfu` the use of the
+    devices out of records a second, None where their peak is not known.
     """
 
     def __init__(
@@ -48,14 +50,16 @@ class Results:
         mean: Callable[[np.ndarray], float],
         log_every: int,
         batch: int,
+        mfu: Callable[[float], float | None],
     ) -> None:
         self.best: State | None = None
         self.last_loss: float | None = None
         self._control, self._log, self._timing, self._clock = control, log, timing, clock
-        self._mean, self._every, self._batch = mean, log_every, batch
+        self._mean, self._every, self._batch, self._mfu = mean, log_every, batch, mfu
         self._window = metrics.Window()
         self._queue: deque[Sent] = deque()
         self._newest: Sent | None = None  # of the steps read
+        self._skipped = 0  # steps that were not finite, in this process
         self._line_began = clock.spent() | {"update": control.update}
 
     def sent_steps(self, values: list[dict[str, Any]], lr: float) -> None:
@@ -116,6 +120,13 @@ class Results:
         self._newest = sent
         for i in range(count):
             self._window.add({name: values[i] for name, values in steps.items()})
+            if steps["skipped"][i]:
+                self._skipped += 1
+                if self._skipped in SAID:
+                    hosts.say(
+                        f"warning: step {sent.step - count + i + 1}: loss or gradient not finite, the update is left "
+                        f"out ({self._skipped} so far; train/skipped in metrics.jsonl has them all)"
+                    )
             if steps["row"][i] >= BAD_STEPS:
                 raise DivergedError(
                     f"diverged: {BAD_STEPS} steps in a row were not finite, the last at step "
@@ -140,14 +151,9 @@ class Results:
         now, began = self._clock.spent() | {"update": sent.update}, self._line_began
         passed = {name: now[name] - began[name] for name in now}
         busy = max(passed["train"] + passed["input_wait"], 1e-9)
-        self._timing.write(
-            {
-                "update": sent.update,
-                "ecg_per_s": passed["update"] * self._batch / busy,
-                "input_wait_frac": passed["input_wait"] / busy,
-                "wall": now["wall"],
-            }
-        )
+        speed = passed["update"] * self._batch / busy
+        shown = {"ecg_per_s": speed, "input_wait_frac": passed["input_wait"] / busy, "mfu": self._mfu(speed)}
+        self._timing.write({"update": sent.update} | shown | {"wall": now["wall"]})
         self._line_began = now
 
     def _where(self, sent: Sent) -> dict[str, Any]:

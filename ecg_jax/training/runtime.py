@@ -1,24 +1,28 @@
-"""What a process needs around training: the cache of compiled programs, the count of compilations, signals.
+"""What a process needs around training: the cache of compiled programs, the count of compilations, signals, a watchdog.
 
 Invariant: calling `setup` again changes nothing but the cache folder.
 """
 
 import contextlib
+import faulthandler
 import hashlib
 import os
 import platform
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 import jax
 
+from ecg_jax.errors import InterruptedRun
 from ecg_jax.models.ladder import Config, ResNet1dConfig
 
 WIDE = 32  # channels of a ResNet's first stage from which its convolutions fill all cores of a CPU
+GRACE = 10.0  # seconds that a signal leaves to what is under way; schedulers give 30 and more before they kill
 COMPILED = "/jax/core/compile/backend_compile_duration"
 COMPILING = (
     COMPILED,
@@ -107,29 +111,80 @@ def spread(arch: Config, lanes: int) -> None:
 
 
 class Stop:
-    """Set by a signal, looked at between dispatches."""
+    """What signals have said, looked at between dispatches. `saved`: the last checkpoint, for the last message."""
 
     signal: str | None = None
+    saved: str = "nothing has been saved yet"
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """While inside, the first SIGTERM or SIGINT only sets a flag; a second one ends the process at once
-    (128 + n).
+def stop_signals(where: str = "") -> Iterator[Stop]:
+    """While inside, the first SIGTERM or SIGINT sets a flag and starts a clock: what is under way (a step, an
+    evaluation, a checkpoint) has `GRACE` seconds to come to where the state is saved, else the process leaves with
+    exit code 75 and its last checkpoint. A second signal of either kind ends it at once (128 + n).
+
+    `where` is named in the messages. To be entered after `jax.distributed.initialize`, which sets handlers of its own.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # handlers belong to the main thread; whoever runs us elsewhere has to stop us otherwise
         return
+    clocks: list[threading.Timer] = []
+
+    def too_late() -> None:
+        end(
+            InterruptedRun.exit_code,
+            f"ecg-jax: error: {where}: what was under way did not end within {GRACE:.0f} s of {stop.signal}; "
+            f"{stop.saved}; run it again to go on",
+        )
+
+    def end(code: int, message: str) -> None:
+        os.write(2, message.encode() + b"\n")  # no buffer, no lock: whoever holds them is interrupted here
+        os._exit(code)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        stop.signal = signal.Signals(number).name
-        signal.signal(number, lambda n, _: os._exit(128 + n))
-        print(f"{stop.signal}: saving and stopping; once more to stop at once", file=sys.stderr, flush=True)
+        name = signal.Signals(number).name
+        if stop.signal:
+            end(128 + number, f"{name}: stopped at once")
+        stop.signal = name
+        clocks.append(threading.Timer(GRACE, too_late))
+        clocks[0].daemon = True
+        clocks[0].start()
+        os.write(2, f"{name}: saving and stopping; once more to stop at once\n".encode())
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
+        for clock in clocks:
+            clock.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Watchdog:
+    """Shows the stacks of all threads when no step has completed for `minutes` (0: never); changes nothing."""
+
+    def __init__(self, minutes: float, where: str) -> None:
+        self._seconds, self._where = 60 * minutes, where
+        self._seen, self._end = time.monotonic(), threading.Event()
+        if minutes > 0:
+            threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+
+    def beat(self) -> None:
+        """A step has completed."""
+        self._seen = time.monotonic()
+
+    def close(self) -> None:
+        self._end.set()
+
+    def _run(self) -> None:
+        due = self._seen + self._seconds
+        while not self._end.wait(max(due - time.monotonic(), 0)):
+            if time.monotonic() - self._seen >= self._seconds:
+                waited = f"{self._seconds / 60:.3g} minutes"
+                os.write(2, f"watchdog: {self._where}: no step completed for {waited}; the stacks:\n".encode())
+                faulthandler.dump_traceback(2, all_threads=True)
+                due = time.monotonic() + self._seconds
+            else:
+                due = self._seen + self._seconds

@@ -284,9 +284,9 @@ def evaluate(programs: Programs, params: Any, placed: Any, mesh: Mesh) -> Iterat
         are given up to the next batch: only the last ones may be read.
     """
     everywhere, per_lane = mesh_lib.replicated(mesh), programs.eval_batch // len(placed.counts)
-    sums = jax.device_put(np.zeros((2, programs.columns), np.float32), everywhere)
+    sums = mesh_lib.put(np.zeros((2, programs.columns), np.float32), everywhere)
     for start in range(0, int(placed.counts.max()), per_lane):
-        there = jax.device_put(np.int32(start), everywhere)
+        there = mesh_lib.put(np.int32(start), everywhere)
         batch, weight = programs.take(placed.rows, placed.counts_there, there)
         sums, logits = programs.score(params, batch, weight, sums)
         if mesh_lib.on_cpu(mesh) and mesh.size > 1:

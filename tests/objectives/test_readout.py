@@ -33,7 +33,7 @@ def _numbers(seed=0, batch=BATCH):
 
 @pytest.mark.parametrize("batch, groups, size", [(3, 1, 21), (3, 1, 1), (3, 1, 5), (16, 8, 3), (4, 4, 7)])
 def test_cross_entropy_and_gradient_are_the_definitions(monkeypatch, batch, groups, size):
-    monkeypatch.setattr(readout, "CHUNK_BYTES", 4 * groups * size * CODES)
+    monkeypatch.setitem(readout.CHUNK_BYTES, "cpu", 4 * groups * size * CODES)
     assert readout.turn_size(groups, batch // groups * TARGETS, CODES) == size
     points, rows, bias, code, weight = _numbers(batch=batch)
 
@@ -202,7 +202,7 @@ def test_macs_are_those_of_the_program(monkeypatch, world, head):
         features = readout.features(own, made, frames, targets)
         return readout.score(own, made, features, targets.slot % CODES, targets.there * 1.0, precision="highest")
 
-    monkeypatch.setattr(readout, "CHUNK_BYTES", 1 << 30)  # one turn
+    monkeypatch.setitem(readout.CHUNK_BYTES, "cpu", 1 << 30)  # one turn
     products = [0]
 
     def count(jaxpr):

@@ -50,7 +50,7 @@ def _stop_at(monkeypatch, update):
     monkeypatch.setattr(loop.ResidentFeed, "take", stopping)
 
 
-def test_sigterm_saves_and_the_run_goes_on_to_the_same_bytes(toy, tables, tmp_path, monkeypatch, capsys):
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_bytes(toy, tables, tmp_path, monkeypatch, capfd):
     """Stopped in the trunk, with an evaluation unread, and in the decay; each stop a real resume."""
     config = tiny_run.config(*PLATEAU)
     whole = loop.train(config, tmp_path / "whole", tables=tables, quiet=True)
@@ -70,7 +70,7 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_bytes(toy, tables, tmp_pa
     for name in ("metrics.jsonl", "encoder.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
     assert (cut["losses"], cut["updates"], cut["status"]) == (whole["losses"], updates, whole["status"])
-    assert "SIGTERM: saving and stopping" in capsys.readouterr().err
+    assert "SIGTERM: saving and stopping" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
