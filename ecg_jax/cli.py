@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ecg_jax import __version__
-from ecg_jax.commands import beats, data, runs, study
+from ecg_jax.commands import beats, data, probes, runs, study
 from ecg_jax.commands.common import later
 from ecg_jax.errors import EcgJaxError, MachineError
 
@@ -64,8 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     beats.tokenize(commands)
     runs.train(commands)
     later(commands, "sweep", "a grid of runs, launched and tabulated", "sweep CONFIG.toml --out DIR")
-    runs.probe(commands)
-    later(commands, "embed", "features of raw or converted ECG", "embed --run DIR --source FILES --out F.npz")
+    probes.probe(commands)
+    probes.table(commands)
+    probes.embed(commands)
     study.fit(commands)
     study.demo(commands)
     study.doctor(commands)

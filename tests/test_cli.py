@@ -12,8 +12,8 @@ from ecg_jax import cli, errors
 from ecg_jax.commands import runs, study
 from ecg_jax.datasets import DATASETS
 
-STAGES = "convert inspect codebook tokenize train sweep probe embed fit demo doctor".split()
-LATER = ("sweep", "embed")
+STAGES = "convert inspect codebook tokenize train sweep probe table embed fit demo doctor".split()
+LATER = ("sweep",)
 
 
 def run(*words, capsys):
@@ -92,7 +92,10 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch):
         (("codebook", "a.toml", "b.toml", "--out", "x"), "one CONFIG.toml"),
         (("codebook", "--out", "x", "codebook.codes=1"), "between 2 and 65535"),
         (("codebook", "--out", "x"), "data.folders is empty"),
-        (("probe", "--features", "x.npz", "--data", "x", "--task", "y"), "--features is not there yet"),
+        (("probe", "--features", "x.npz", "--data", "x", "--task", "y"), "--features needs --out"),
+        (("probe", "--run", "r", "--data", "x", "--preset", "nine"), "no preset 'nine'"),
+        (("probe", "--run", "r", "--data", "x", "--task", "y", "--label-fraction", "2"), "must lie in (0, 1]"),
+        (("probe", "--run", "r", "--data", "x", "--task", "y", "--probe", "svm"), "known are logistic, adam, finetune"),
     ],
 )
 def test_usage_errors_name_the_argument(words, says, capsys):

@@ -52,11 +52,13 @@ def difference(
     *,
     metrics: Sequence[str] = COMPARED,
     groups: Mapping[str, np.ndarray] | None = None,
+    keep: np.ndarray | None = None,
     level: float = 0.95,
 ) -> dict[str, dict[str, dict]]:
     """As `paired`, from spreads that were drawn on the same resamples (`bootstrap.spreads`).
 
-    `groups` adds macros over some of the labels: name of the row -> bool [K].
+    `groups` adds macros over some of the labels: name of the row -> bool [K]; `keep` bool [K] says which labels
+    "macro" may hold (default all).
     """
     out: dict[str, dict[str, dict]] = {}
     for metric in metrics:
@@ -67,11 +69,12 @@ def difference(
             if shared[k]:
                 ends = float(a[metric].point[k]), float(b[metric].point[k])
                 rows[name] = _row(*ends, gap.label(k), level)
-        for name, members in ({"macro": np.ones(len(names), bool)} | dict(groups or {})).items():
-            keep = shared & members
-            if keep.any():
-                ends = a[metric].macro(keep).point, b[metric].macro(keep).point
-                rows[name] = _row(*ends, gap.macro(keep), level) | {"n_labels": int(keep.sum())}
+        whole = np.ones(len(names), bool) if keep is None else keep
+        for name, members in ({"macro": whole} | dict(groups or {})).items():
+            held = shared & members
+            if held.any():
+                ends = a[metric].macro(held).point, b[metric].macro(held).point
+                rows[name] = _row(*ends, gap.macro(held), level) | {"n_labels": int(held.sum())}
         out[metric] = rows
     return out
 

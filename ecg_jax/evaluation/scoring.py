@@ -13,6 +13,7 @@ import numpy as np
 
 from ecg_jax.evaluation import bootstrap, calibration, metrics, tasks
 
+LEAST = 10  # records of either class below which a probe's label is too rare for a macro
 LOGGED = ("bce", "auroc", "ap", "f1")  # rows of the eval log; the report has every metric
 
 
