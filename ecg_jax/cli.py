@@ -11,8 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ecg_jax import __version__
-from ecg_jax.commands import beats, data, runs, study, sweep
-from ecg_jax.commands.common import later
+from ecg_jax.commands import beats, data, probes, runs, study, sweep
 from ecg_jax.errors import EcgJaxError, MachineError
 
 MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EACCES, errno.EPERM)
@@ -24,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # argparse gives up on positionals that follow an option (`train C.toml --run DIR optim.lr=1`): they are `rest`.
-    if any(word.startswith("-") or not hasattr(args, "rest") for word in rest) and not getattr(args, "later", False):
+    if any(word.startswith("-") or not hasattr(args, "rest") for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
     try:
@@ -64,8 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     beats.tokenize(commands)
     runs.train(commands)
     sweep.sweep(commands)
-    runs.probe(commands)
-    later(commands, "embed", "features of raw or converted ECG", "embed --run DIR --source FILES --out F.npz")
+    probes.probe(commands)
+    probes.table(commands)
+    probes.embed(commands)
     study.fit(commands)
     study.demo(commands)
     study.doctor(commands)

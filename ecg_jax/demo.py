@@ -263,4 +263,4 @@ def _study(out: Path, rungs: tuple[str, ...], seed: int, say: Callable[[str], No
             what = f"{cell.paradigm} {cell.rung} ({summary['n_params']:,} parameters) on {records:,} records"
             say(f"{what}: test loss {loss:.4f} ({took:.0f} s)")
             if not (run / "probes" / "synthetic_ood-ood.json").exists():
-                probe_run(run, shifted, "ood", tables=other, bootstrap=200)
+                probe_run(run, shifted, "ood", tables=other, bootstrap=200, probes=("logistic",), baselines=False)

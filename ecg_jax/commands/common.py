@@ -4,7 +4,6 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 
-from ecg_jax import __version__
 from ecg_jax.errors import UsageError
 
 
@@ -19,15 +18,6 @@ def add(commands, name: str, help: str, example: str, run: Callable) -> argparse
     )
     parser.set_defaults(run=run)
     return parser
-
-
-def later(commands, name: str, help: str, example: str) -> None:
-    """A subcommand that only says that it is not there yet."""
-
-    def run(args: argparse.Namespace) -> int:
-        raise UsageError(f"'{name}' is not there yet in version {__version__}; see --help for what is")
-
-    add(commands, name, help + " (not there yet)", example, run).set_defaults(later=True)
 
 
 def key_values(pairs: Sequence[str]) -> dict[str, str]:

@@ -1,11 +1,11 @@
-"""`train` and `probe`: from data folders to encoders and rows of the eval log."""
+"""`train`: from data folders to encoders."""
 
 import argparse
 import os
 from pathlib import Path
 
 from ecg_jax.commands.common import add, show
-from ecg_jax.errors import EcgJaxError, UsageError
+from ecg_jax.errors import EcgJaxError
 
 
 def train(commands) -> None:
@@ -46,29 +46,3 @@ def _summary_lines(summary: dict, run_dir: Path) -> list[str]:
     losses = summary.get("losses", {})
     shown = ", ".join(f"{name} {value:.5f}" for name, value in losses.items() if isinstance(value, float))
     return [f"{summary['status']}: {shown}", f"run folder: {run_dir}"]
-
-
-def probe(commands) -> None:
-    example = "probe --run runs/R4 --data data/ptbxl --task superclass"
-    parser = add(commands, "probe", "linear probe on frozen features, with intervals", example, _run_probe)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--run", type=Path, dest="run_dir", metavar="DIR", help="run folder with an encoder")
-    which.add_argument("--features", type=Path, metavar="F.npz", help="features made elsewhere (not there yet)")
-    parser.add_argument("--data", type=Path, required=True, action="append", metavar="DIR", help="data folder; repeat")
-    parser.add_argument("--task", required=True)
-    parser.add_argument("--out", type=Path, help="default: the run folder")
-    parser.add_argument("--seed", type=int, action="append", help="probe seed; repeat for several")
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="patient resamples")
-    parser.add_argument("--json", action="store_true")
-
-
-def _run_probe(args: argparse.Namespace) -> int:
-    if args.features:
-        raise UsageError("--features is not there yet; probe a run folder with --run DIR")
-    from ecg_jax.evaluation.probe import probe_run, result_lines
-
-    data = args.data if len(args.data) > 1 else args.data[0]
-    seeds = tuple(args.seed or (0,))
-    result = probe_run(args.run_dir, data, args.task, out=args.out, seeds=seeds, bootstrap=args.bootstrap)
-    show(result, args.json, result_lines)
-    return 0

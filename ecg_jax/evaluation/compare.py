@@ -15,7 +15,7 @@ import numpy as np
 from ecg_jax import files
 from ecg_jax.errors import DataError
 from ecg_jax.evaluation import bootstrap
-from ecg_jax.evaluation.bootstrap import Spread
+from ecg_jax.evaluation.bootstrap import Estimate, Spread
 
 COMPARED = ("bce", "auroc", "ap", "brier")
 
@@ -52,36 +52,39 @@ def difference(
     *,
     metrics: Sequence[str] = COMPARED,
     groups: Mapping[str, np.ndarray] | None = None,
+    keep: np.ndarray | None = None,
     level: float = 0.95,
 ) -> dict[str, dict[str, dict]]:
     """As `paired`, from spreads that were drawn on the same resamples (`bootstrap.spreads`).
 
-    `groups` adds macros over some of the labels: name of the row -> bool [K].
+    `groups` adds macros over some of the labels: name of the row -> bool [K]; `keep` bool [K] says which labels
+    "macro" may hold (default all).
     """
     out: dict[str, dict[str, dict]] = {}
     for metric in metrics:
-        gap = Spread(a[metric].point - b[metric].point, a[metric].draws - b[metric].draws, a[metric].support)
+        gap = a[metric].minus(b[metric])
         shared = np.isfinite(gap.point)
         rows = {}
         for k, name in enumerate(names):
             if shared[k]:
                 ends = float(a[metric].point[k]), float(b[metric].point[k])
-                rows[name] = _row(*ends, gap.draws[:, k], level)
-        for name, members in ({"macro": np.ones(len(names), bool)} | dict(groups or {})).items():
-            keep = shared & members
-            if keep.any():
-                ends = a[metric].macro(keep)[0], b[metric].macro(keep)[0]
-                rows[name] = _row(*ends, gap.macro(keep)[1], level) | {"n_labels": int(keep.sum())}
+                rows[name] = _row(*ends, gap.label(k), level)
+        whole = np.ones(len(names), bool) if keep is None else keep
+        for name, members in ({"macro": whole} | dict(groups or {})).items():
+            held = shared & members
+            if held.any():
+                ends = a[metric].macro(held).point, b[metric].macro(held).point
+                rows[name] = _row(*ends, gap.macro(held), level) | {"n_labels": int(held.sum())}
         out[metric] = rows
     return out
 
 
-def _row(a: float, b: float, draws: np.ndarray, level: float) -> dict:
-    low, high = bootstrap.percentile(a - b, draws, level)
+def _row(a: float, b: float, found: Estimate, level: float) -> dict:
+    low, high = bootstrap.difference_interval(found, level)
     return {
         "a": a,
         "b": b,
-        "difference": a - b,
+        "difference": found.point,
         "ci_low": low,
         "ci_high": high,
         "excludes_zero": bool(low > 0 or high < 0),

@@ -105,6 +105,34 @@ def data_hash(table: Any) -> str:
     return digest.hexdigest()
 
 
+def array_hash(*arrays: np.ndarray) -> str:
+    """16 hex digits of arrays, their types and shapes."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:DIGITS]
+
+
+def cropped(table: Any, length: int) -> Any:
+    """`table` (`shards.tables.Table`) with only the middle `length` samples of what each record observed, zeros around
+    them where they lie, and R peaks outside dropped: recordings of several lengths made equal.
+    """
+    start, valid = table.valid[:, 0], table.valid[:, 1]
+    kept = np.minimum(valid, length)
+    first = start + (valid - kept) // 2
+    place = np.arange(table.signal.shape[1])
+    inside = (place >= first[:, None]) & (place < (first + kept)[:, None])
+    peaks = table.rpeaks
+    if peaks is not None:
+        there = (peaks >= first[:, None]) & (peaks < (first + kept)[:, None])
+        order = np.argsort(~there, axis=1, kind="stable")
+        peaks = np.take_along_axis(np.where(there, peaks, -1), order, axis=1).astype(peaks.dtype)
+    signal = np.where(inside[:, :, None], table.signal, 0).astype(table.signal.dtype)
+    span = np.stack([first, kept], axis=1).astype(table.valid.dtype)
+    return replace(table, signal=signal, valid=span, rpeaks=peaks)
+
+
 def _digest(config: Any, params: Any, info: dict[str, Any]) -> str:
     seen = config, info["scale"], info["crop"], info.get("beats", "robust"), info.get("slots", 0)
     digest = hashlib.sha256(repr(seen).encode())

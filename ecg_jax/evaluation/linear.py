@@ -76,7 +76,7 @@ def fit(
         if not np.isfinite(split.features).all():
             raise ValueError(f"features of the {name} split are not finite")
     width = train.features.shape[1]
-    mean, scale = _moments(_sorted(train).features)
+    mean, scale = moments(_sorted(train).features)
     x, y, key_hi, key_lo = _padded(_sorted(train), mean, scale)
     x_val, y_val, _, _ = _padded(_sorted(val), mean, scale)
     weights, bias, epoch, loss, curve = _train(
@@ -112,7 +112,8 @@ def _sorted(split: Split) -> Split:
     return Split(split.features[order], split.labels[order], split.record_hash[order])
 
 
-def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, scale) float64 [D] of features [N, D]; a constant column has scale 1."""
     x = features.astype(np.float64)
     mean, spread = x.mean(0), x.std(0)
     # A column that is constant up to float32 rounding tells nothing: leave its (zero) deviation unscaled.

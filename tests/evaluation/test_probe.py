@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ecg_jax.errors import DataError, DivergedError, UsageError
-from ecg_jax.evaluation import compare, evalog, features, metrics, probe
+from ecg_jax.evaluation import compare, evalog, features, metrics, probe, report, sources
 from ecg_jax.shards import catalog
 from ecg_jax.shards.tables import Table
 
@@ -37,6 +37,7 @@ SUMMARY = {
     "labels": ["AF"],
     "lineage": [{"dataset": "code15"}],
 }
+FAST = {"probes": ("adam",), "baselines": False, "bootstrap": 20}
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,9 @@ def run_dir(tmp_path, monkeypatch):
 def test_a_probe_from_tables_to_rows(run_dir, tables):
     got = probe.probe_run(run_dir.path, "ptbxl", "main", tables=tables, bootstrap=200)
     rows = evalog.read(run_dir.path)
-    trained = [r for r in rows if r["run"] == "R4-s0"]
+    trained = [r for r in rows if r["run"] == "R4-s0" and r["probe"] == "logistic"]
     assert {r["run"] for r in rows} == {"R4-s0", "R4-s0:untrained"}
+    assert {r["probe"] for r in rows} == {"logistic", "logistic@64", "adam"}
 
     # Domains by name, macros within each, single-class labels in the loss only.
     of = {(r["label"], r["domain"], r["metric"]): r for r in trained}
@@ -118,16 +120,15 @@ def test_a_probe_from_tables_to_rows(run_dir, tables):
         "never": {"bce"},
     }
     assert {d for name, d, _ in of if name == "AF"} == {"ood_seen"}
-    assert of["macro", "ood_unseen", "auroc"]["n_labels"] == 1 and of["macro", "ood_unseen", "bce"]["n_labels"] == 2
-    assert of["macro", "ood_unseen", "auroc"]["value"] == of["MI", "ood_unseen", "auroc"]["value"]
-    mean = np.mean([of[name, "ood_unseen", "bce"]["value"] for name in ("MI", "never")])
-    assert of["macro", "ood_unseen", "bce"]["value"] == pytest.approx(mean)
+    assert of["macro", "ood_unseen", "auroc"]["n_labels"] == 1 and of["macro", "ood_unseen", "bce"]["n_labels"] == 1
+    for metric in ("auroc", "bce"):  # "never" is too rare for a macro
+        assert of["macro", "ood_unseen", metric]["value"] == of["MI", "ood_unseen", metric]["value"]
     assert "no positive" in got["left_out"]["never"]
 
     # The run's own columns, and intervals around every value.
     row = of["AF", "ood_seen", "bce"]
     assert row["n_params"] == 144 and row["status"] == "unconverged" and row["step"] == 70 and row["seed"] == 3
-    assert row["n_examples"] == (tables["test"].labels[:, 0] >= 0).sum() and row["probe"] == "adam"
+    assert row["n_examples"] == (tables["test"].labels[:, 0] >= 0).sum() and row["probe"] == "logistic"
     assert row["lineage"] == "code15" and row["dataset"] == "ptbxl" and row["split"] == "test"
     assert all(r["ci_low"] <= r["value"] <= r["ci_high"] for r in rows)
 
@@ -138,14 +139,31 @@ def test_a_probe_from_tables_to_rows(run_dir, tables):
     assert metrics.bce(saved["logits"], saved["labels"])[0] == pytest.approx(row["value"])
 
     # What training added, paired; the untrained encoder is a run of its own that saw nothing.
+    assert [entry["against"] for entry in got["difference"][:2]] == ["untrained", "untrained"]
+    assert {entry["against"] for entry in got["difference"]} == {"untrained", "trained in 64-d", *sources.BASELINES}
     gain = got["difference"][0]["metrics"]
     assert gain["bce"]["macro"]["ci_high"] < 0 and gain["auroc"]["macro"]["ci_low"] > 0
     assert gain["auroc"]["macro ood_seen"]["n_labels"] == 1
     base = next(r for r in rows if r["run"] == "R4-s0:untrained")
     assert (base["paradigm"], base["n_records"], base["lr"], base["status"]) == ("untrained", 0, None, "done")
     assert json.loads((run_dir.path / "probes" / "ptbxl-main.json").read_text())["difference"] == got["difference"]
-    text = "\n".join(probe.result_lines(got))
+    text = "\n".join(report.result_lines(got))
     assert "trained minus untrained" in text and "left out: never" in text and "macro ood_seen" in text
+
+    # The baselines: nothing but prevalence is the prior, and no baseline beats the trained encoder.
+    macro = {(e["model"], e["probe"]): e["macro"]["ood_seen"] for e in got["results"]}
+    alone = macro["prevalence", "logistic"]
+    assert alone["metrics"]["bce"]["value"] == pytest.approx(alone["prior"], rel=1e-3)
+    assert alone["metrics"]["auroc"]["value"] == 0.5
+    for name in sources.BASELINES:
+        assert (
+            macro[name, "logistic"]["metrics"]["auroc"]["value"]
+            < macro["trained", "logistic"]["metrics"]["auroc"]["value"]
+        )
+    both = [macro["trained", kind]["metrics"]["bce"]["value"] for kind in ("logistic", "adam")]
+    assert both[0] == pytest.approx(both[1], rel=0.1)
+    calibrated = got["results"][0]["labels"]["AF"]["calibration"]
+    assert calibrated["slope"] == pytest.approx(1, abs=0.4) and 0 < calibrated["ece"] < 0.15
 
 
 def test_the_test_split_is_read_after_every_choice(run_dir, tables, monkeypatch):
@@ -158,13 +176,92 @@ def test_the_test_split_is_read_after_every_choice(run_dir, tables, monkeypatch)
     fit = probe.linear.fit
     monkeypatch.setattr("ecg_jax.shards.tables.load", load)
     monkeypatch.setattr(probe.linear, "fit", lambda *a, **k: opened.append("fit") or fit(*a, **k))
-    probe.probe_run(run_dir.path, ["ptbxl"], "main", seeds=(0, 1), bootstrap=20)
+    probe.probe_run(run_dir.path, ["ptbxl"], "main", **(FAST | {"seeds": (0, 1), "baselines": True}))
     assert opened == ["train", "val", "fit", "fit", "fit", "fit", "test"]
+
+
+def test_another_choice_after_the_test_was_opened_is_refused_and_a_reopening_recorded(run_dir, tables):
+    def go(**options):
+        return probe.probe_run(run_dir.path, "d", "main", **(FAST | {"tables": tables} | options))
+
+    go()
+    log = run_dir.path / "probes" / "openings.jsonl"
+    first = log.read_text().splitlines()
+    assert len(first) == 1 and "trained on ptbxl main by adam, seed 0" in first[0]
+    go(bootstrap=30)  # the same choice
+    assert log.read_text().splitlines() == first
+    with pytest.raises(UsageError, match=r"opened before with other epochs_max; .*--reopen"):
+        go(epochs_max=7)
+    assert log.read_text().splitlines() == first
+    go(epochs_max=7, reopen=True)
+    last = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [entry["reopened"] for entry in last] == [False, True]
+    go(seeds=(5,))  # another seed is another row, no second look
+    log.write_text("{")
+    with pytest.raises(DataError, match="not a record of openings"):
+        go()
+
+
+def test_features_of_another_tool_go_through_the_same_probe(run_dir, tables, tmp_path):
+    ids = [name for table in tables.values() for name in table.record_ids]
+    level = np.concatenate([np.abs(table.signal.astype(np.float32)).mean(1) / 1000 for table in tables.values()])
+    order = np.random.default_rng(0).permutation(len(ids))
+    kept = {"record_id": np.array(ids)[order], "features": level[order]}
+    np.savez(tmp_path / "ecgfm.npz", **kept)
+    options = {"features_file": tmp_path / "ecgfm.npz", "out": tmp_path / "out", "tables": tables, "bootstrap": 20}
+    got = probe.probe_run(None, "d", "main", **options)
+    own = probe.probe_run(run_dir.path, "d", "main", tables=tables, bootstrap=20)
+    theirs, ours = (e["results"][0]["labels"]["AF"]["metrics"]["auroc"]["value"] for e in (got, own))
+    assert theirs == pytest.approx(ours, abs=0.01) and got["run"] == "ecgfm" and got["lineage"] is None
+    assert got["evals"] is None and "no rows in the eval log" in report.result_lines(got)[-1]
+    about = {
+        "architecture": "vit",
+        "paradigm": "SSL",
+        "n_params": 90_900_000,
+        "n_records": 1_500_000,
+        "lineage": ["ptbxl"],
+    }
+    np.savez(tmp_path / "ecgfm.npz", **kept, **about)
+    probe.probe_run(None, "d", "main", reopen=True, **options)
+    rows = evalog.read(tmp_path / "out")
+    assert {(r["run"], r["domain"], r["n_params"]) for r in rows} == {("ecgfm", "contaminated", 90_900_000)}
+    np.savez(tmp_path / "ecgfm.npz", record_id=kept["record_id"][1:], features=kept["features"][1:])
+    with pytest.raises(DataError, match=r"ecgfm.npz: no features of 1 of"):
+        probe.probe_run(None, "d", "main", **(options | {"out": tmp_path / "more"}))
+    for bad in ({"record_id": kept["record_id"]}, kept | {"features": kept["features"] * np.nan}):
+        np.savez(tmp_path / "ecgfm.npz", **bad)
+        with pytest.raises(DataError, match=r"ecgfm\.npz"):
+            probe.probe_run(None, "d", "main", **options)
+
+
+def test_a_crop_leaves_the_middle_and_its_peaks(tables):
+    one = replace(tables["val"], valid=np.tile(np.array([[100, 800]], np.int32), (200, 1)))
+    peaks = np.full((200, 50), -1, np.int16)
+    peaks[:, :4] = 120, 400, 600, 880
+    cut = features.cropped(replace(one, rpeaks=peaks), 500)
+    assert cut.valid[0].tolist() == [250, 500] and cut.rpeaks[0, :3].tolist() == [400, 600, -1]
+    assert not cut.signal[:, :250].any() and not cut.signal[:, 750:].any()
+    np.testing.assert_array_equal(cut.signal[:, 250:750], one.signal[:, 250:750])
+
+
+def test_a_table_of_encoders_marks_the_best_and_those_not_told_from_it(run_dir, tables, tmp_path):
+    probe.probe_run(run_dir.path, "d", "main", tables=tables, bootstrap=50)
+    got = report.table([run_dir.path], tmp_path / "t", metric="auroc", resamples=100)
+    text = (tmp_path / "t" / "table-auroc.md").read_text()
+    best = [line for line in text.splitlines() if "**" in line]
+    assert len(best) == 1 and best[0].startswith("| R4-s0") and "| age and sex | 0.500 [" in text
+    tied = [line for line in text.splitlines() if " = " in line]
+    assert all(line.startswith("| R4-s0") for line in tied)  # the projection may be as good, the baselines not
+    assert "R4-s0: untrained" in got["rows"] and (tmp_path / "t" / "table-auroc.csv").read_text().count("\n") == 8
+    preset = report.table([run_dir.path], tmp_path / "p", metric="bce", preset="ptbxl", resamples=20)
+    assert preset["missing"] == ["superclass", "subclass", "form", "rhythm", "diagnostic"]
+    with pytest.raises(DataError, match="no logistic probe"):
+        report.table([tmp_path], tmp_path / "n")
 
 
 def test_a_set_of_the_lineage_is_contaminated(run_dir, tables):
     run_dir.card["lineage"][0]["contains"] = ["code15"]
-    probe.probe_run(run_dir.path, "d", "main", tables=tables, bootstrap=20, untrained_baseline=False)
+    probe.probe_run(run_dir.path, "d", "main", tables=tables, **FAST)
     rows = evalog.read(run_dir.path)
     assert {r["domain"] for r in rows} == {"contaminated"} and {r["run"] for r in rows} == {"R4-s0"}
 
@@ -183,15 +280,26 @@ def test_fractions_are_nested_patients_and_rows_of_their_own(run_dir, tables):
     assert small.sum() < large.sum() and not (small & ~large).any()
     assert not np.isin(groups[~large], groups[large]).any()
     assert abs(large.mean() - 0.5) < 0.1 and (probe.thin(groups, 0.5, 1) != large).any()
-    for fraction in (1.0, 0.2):
-        probe.probe_run(run_dir.path, "d", "main", tables=tables, bootstrap=20, label_fraction=fraction)
+    options = FAST | {"fractions": (1.0, 0.2), "seeds": (0, 1), "probes": ("logistic", "adam")}
+    probe.probe_run(run_dir.path, "d", "main", tables=tables, **options)
     rows = evalog.read(run_dir.path)
-    assert {r["label_fraction"] for r in rows} == {1.0, 0.2}
+    cells = {(r["probe"], r["label_fraction"], r["probe_seed"]) for r in rows}
+    convex = {("logistic", 1.0, 0), ("logistic", 0.2, 0), ("logistic", 0.2, 1)}  # one solution with all labels
+    assert cells == convex | {("adam", share, seed) for share in (1.0, 0.2) for seed in (0, 1)}
+    loss = {
+        c: next(
+            r["value"]
+            for r in rows
+            if (r["probe"], r["label_fraction"], r["probe_seed"], r["label"], r["metric"]) == (*c, "AF", "bce")
+        )
+        for c in convex
+    }
+    assert loss["logistic", 1.0, 0] < min(loss["logistic", 0.2, 0], loss["logistic", 0.2, 1])
     assert (run_dir.path / "probes" / "ptbxl-main-f0.2.json").exists()
 
 
 def test_out_keeps_the_run_folder_untouched(run_dir, tables, tmp_path):
-    probe.probe_run(run_dir.path, "d", "main", tables=tables, bootstrap=20, out=tmp_path / "elsewhere")
+    probe.probe_run(run_dir.path, "d", "main", tables=tables, out=tmp_path / "elsewhere", **FAST)
     assert [p.name for p in run_dir.path.iterdir()] == ["summary.json"]
     assert len(evalog.read(tmp_path / "elsewhere")) > 0
 
@@ -214,7 +322,7 @@ def test_features_do_not_depend_on_the_batch_and_a_torn_cache_is_replaced(run_di
 
 def test_what_cannot_be_probed_is_refused_in_words(run_dir, tables):
     def go(**options):
-        return probe.probe_run(run_dir.path, "d", "main", **({"tables": tables, "bootstrap": 20} | options))
+        return probe.probe_run(run_dir.path, "d", "main", **(FAST | {"tables": tables, "reopen": True} | options))
 
     z = {name: replace(t, unit="z") for name, t in tables.items()}
     assert go(tables=z)["run"] == "R4-s0"  # a relative scale does not mind
@@ -228,10 +336,15 @@ def test_what_cannot_be_probed_is_refused_in_words(run_dir, tables):
         go(tables=tables | {"val": blank})
     with pytest.raises(DataError, match="other labels"):
         go(tables=tables | {"test": replace(tables["test"], label_names=("a", "b", "c"))})
-    with pytest.raises(UsageError, match="label_fraction"):
-        go(label_fraction=0)
+    for bad, says in (
+        ({"fractions": (0.0,)}, "label fractions"),
+        ({"probes": ("svm",)}, "known are"),
+        ({"crop_seconds": 1}, "crop"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            go(**bad)
     with pytest.raises(DataError, match="take more"):
-        go(label_fraction=1e-9)
+        go(fractions=(1e-9,))
     (run_dir.path / "summary.json").unlink()
     with pytest.raises(DataError, match=r"summary\.json"):
         go()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ecg_jax.datasets import open_source
-from ecg_jax.evaluation import evalog, features, probe
+from ecg_jax.evaluation import evalog, features, probe, report
 from ecg_jax.models import ladder
 from ecg_jax.objectives import supervised
 from ecg_jax.shards import tables
@@ -89,4 +89,4 @@ def test_probe_of_a_run_folder_on_a_data_folder(run_dir, data):
     losses = [r for r in rows if r["metric"] == "bce"]
     assert all(0 < r["floor"] for r in losses) and all(r["prior"] is not None for r in losses)
     assert got["difference"] and (run_dir / "probes" / "synthetic_ood-ood.json").exists()
-    assert probe.result_lines(got)
+    assert report.result_lines(got)

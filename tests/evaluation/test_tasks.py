@@ -1,5 +1,8 @@
 """Domains of labels: the rule, fixed before looking."""
 
+import pytest
+
+from ecg_jax.errors import DataError, UsageError
 from ecg_jax.evaluation import tasks
 
 MET = [{"dataset": "code15", "contains": ["samitrop"]}]
@@ -21,3 +24,41 @@ def test_a_set_in_the_lineage_or_inside_one_another_contaminates_every_label():
         assert tasks.domains(["AF", "x"], ["AF"], [{"dataset": probed}], MET) == ["contaminated"] * 2
     challenge = [{"dataset": "ptbxl"}, {"dataset": "challenge", "contains": ["code15"]}]
     assert tasks.domains(["AF"], [], challenge, MET) == ["contaminated"]
+
+
+def test_names_that_mislead_are_told_by_their_cards():
+    code, ptb, csn = ([{"dataset": name}] for name in ("code15", "ptbxl", "csn"))
+    six = ["1dAVb", "RBBB", "LBBB", "SB", "AF", "ST"]
+    got = tasks.domains(["CD", "HYP", "MI", "NORM", "STTC"], six, ptb, code, "superclass", "code6")
+    assert got == ["ood_seen", *["ood_unseen"] * 4]  # STTC is no sinus tachycardia; no CODE label is "normal"
+    got = tasks.domains(["AFIB", "ST", "STE", "SR", "SA"], six, csn, code, "snomed", "code6")
+    assert got == ["ood_seen", "ood_seen", "ood_unseen", "ood_unseen", "ood_unseen"]
+    assert tasks.domains(["AFLT"], ["AF"], ptb, csn, "rhythm", "snomed") == ["ood_seen"]  # CSN's AF is flutter
+    assert tasks.domains(["normal"], six, code, ptb, "normal", "code6") == ["ood_unseen"]
+
+
+def test_every_card_is_whole_and_every_preset_names_tasks_that_have_one():
+    cards = tasks.cards()
+    assert {"ptbxl", "cpsc2018", "csn", "georgia", "code-test", "echonext", "mimic-icu", "ludb", "sph"} <= set(cards)
+    for name, card in cards.items():
+        assert card["licence"] and card["split"] and card["traps"] and card["tasks"], name
+        for task in card["tasks"].values():
+            labels = task.get("labels")
+            assert labels is None or (len(set(labels)) == len(labels) and set(task.get("means", {})) <= set(labels))
+    for preset in ("ptbxl", "study", "left-out"):
+        for column in tasks.preset(preset):
+            for entry in column["tasks"]:
+                dataset, _, task = entry.partition(":")
+                assert task in cards[dataset]["tasks"], entry
+    assert [len(tasks.preset(name)) for name in ("ptbxl", "study")] == [5, 6]
+    with pytest.raises(UsageError, match="did you mean 'study'"):
+        tasks.preset("studi")
+
+
+def test_labels_in_another_order_than_the_card_are_refused():
+    order = ["CD", "HYP", "MI", "NORM", "STTC"]
+    tasks.check("ptbxl", "superclass", order)
+    tasks.check("own", "superclass", ["anything"])
+    for wrong, says in ((order[::-1], "another order"), ([*order[:4], "XX"], "'XX'"), (order[:4], "'STTC'")):
+        with pytest.raises(DataError, match=says):
+            tasks.check("ptbxl@7.3s", "superclass", wrong)
