@@ -212,6 +212,7 @@ def _about_encoder(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
         "rate": 100,
         "leads": list(table.leads),
         "unit": table.unit,
+        "chain": run.data.chain,
         "pool": model.pool,
         "task": run.config.data.task,
         "labels": list(table.label_names) if run.config.objective.name == "supervised" else [],
