@@ -143,7 +143,8 @@ class Checkpoints:
             import absl.logging
             from orbax.checkpoint import v1 as ocp
 
-            absl.logging.set_verbosity(absl.logging.ERROR)  # a page of progress per save otherwise
+            # Progress by the page otherwise, and the whole stack of what is raised anyway and told in one line.
+            absl.logging.set_verbosity(absl.logging.FATAL)
             policies = ocp.training.preservation_policies
             keep = [policies.LatestN(self.config.keep)]
             if self.config.keep_every:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ecg_jax.errors import DataError
+from ecg_jax.errors import DataError, MachineError
 from ecg_jax.training import hosts, runtime
 
 
@@ -47,10 +47,13 @@ class Log:
             self._file.truncate(offset)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line; flushed, so that the file can be followed."""
+        """Append one line; flushed, so that the file can be followed. Raises MachineError where the disk refuses."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._file.write(json.dumps(clean).encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(clean).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise MachineError(f"cannot write {self._file.name}: {error.strerror or error}") from error
 
     def offset(self) -> int:
         """Bytes so far, safe on disk: what a checkpoint remembers must survive the machine too."""
