@@ -11,7 +11,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ import numpy as np
 from ecg_jax.errors import DataError
 from ecg_jax.scaling import identify, intervals
 from ecg_jax.scaling.analysis import LawResult, Options
+from ecg_jax.scaling.claims import seeds_to_tell
 from ecg_jax.scaling.multipliers import Multiplier
+from ecg_jax.scaling.restrict import whole
 from ecg_jax.scaling.table import plain_number, raw_records
 
 NAMES = ("E", "A", "B", "alpha", "beta")
@@ -47,6 +49,8 @@ def law_json(result: LawResult, options: Options) -> dict[str, Any]:
         "loss": options.loss,
         "delta": fit.delta if fit else options.delta,
         "n": runs.n,
+        "fixed": dict(options.fixed),
+        "choice": _choice_json(result),
         "configurations": int(runs.cells.max()) + 1,
         "objective": fit.objective if fit else None,
         "parameters": fit.parameters if fit else dict.fromkeys(names),
@@ -73,6 +77,16 @@ def law_json(result: LawResult, options: Options) -> dict[str, Any]:
     return clean(out)
 
 
+def _choice_json(result: LawResult) -> dict[str, Any] | None:
+    """Rolling-origin errors (root mean square of ln L) of every form that was tried."""
+    c = result.chosen
+    if c is None:
+        return None
+    return {"form": c.form, "one_standard_error": c.tolerance, "held_out": list(c.origins),
+            "rolling_errors": {s.form: s.errors for s in c.scores},
+            "residual_sd": {s.form: s.residual for s in c.scores}}  # fmt: skip
+
+
 def _bootstrap_json(result: LawResult, options: Options) -> dict[str, Any] | None:
     if result.draws is None:
         return None
@@ -86,17 +100,29 @@ def _reference(result: LawResult) -> dict[str, float] | None:
     there."""
     if result.fit is None:
         return None
-    law, fit = result.law, result.fit
+    fit = result.fit
+    law, theta = whole(fit.law, fit.theta)
+    amplitudes = amplitudes_of(law)
     out = {}
     for i, v in enumerate(law.variables):
         out[v] = float(np.exp(fit.centre[i]))
-        out[f"excess at {v}"] = float(np.exp(fit.theta[law.floor + i]))
+        if amplitudes:
+            out[f"excess at {v}"] = float(np.exp(theta[amplitudes[i]]))
     return out
+
+
+def amplitudes_of(law) -> list[int]:
+    """Indices of the excess that each variable leaves at the design's centre; empty where a law has no such
+    pair."""
+    found = [i for i, kind in enumerate(law.kinds) if kind == "amplitude"]
+    return found if len(found) == len(law.variables) else []
 
 
 def multiplier_json(multiplier: Multiplier) -> dict[str, Any]:
     """One entry of `multipliers.json`."""
-    return clean(asdict(multiplier) | {"interval": list(multiplier.interval)})
+    fields = asdict(replace(multiplier, draws=None)) | {"interval": list(multiplier.interval)}
+    del fields["draws"]
+    return clean(fields | {"runs_to_tell_1.3": seeds_to_tell(multiplier)})
 
 
 def predictions(path: Path, results: Sequence[LawResult], columns: Mapping[str, str], options: Options) -> str:

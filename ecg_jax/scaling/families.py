@@ -21,6 +21,7 @@ import numpy as np
 from ecg_jax.scaling.table import Table
 
 SELECTIONS = ("best-val", "best", "final", "last")  # first one present wins
+ARRAYS = ("n_params", "n_records", "loss", "converged", "floor", "prior", "examples")
 SPLITS = ("test", "val", "validation", "train")
 
 
@@ -66,6 +67,7 @@ class RunSet:
     selection: str
     passed_over: dict[str, int]
     mixed: tuple[str, ...]  # columns that should be one per family and are not
+    examples: np.ndarray  # records read in training, repeats counted; NaN where not stated
 
     @property
     def n(self) -> int:
@@ -85,10 +87,17 @@ class RunSet:
     def data(self) -> np.ndarray:
         return np.unique(self.n_records)
 
+    def log_x(self, variables: Sequence[str]) -> np.ndarray:
+        """ln of the variables of a law, [n, V]; with U in it D is what was read and U the distinct records."""
+        columns = {"N": self.n_params, "D": self.n_records}
+        if "U" in variables:
+            columns = {"N": self.n_params, "D": self.examples, "U": self.n_records}
+        return np.log(np.stack([columns[v] for v in variables], axis=1))
+
     def only(self, rows: np.ndarray) -> "RunSet":
         """The same set with a boolean or integer selection of rows."""
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
-        arrays = {f: getattr(self, f)[rows] for f in ("n_params", "n_records", "loss", "converged", "floor", "prior")}
+        arrays = {f: getattr(self, f)[rows] for f in ARRAYS}
         words = {f: tuple(getattr(self, f)[i] for i in rows) for f in ("runs", "status", "folders")}
         return replace(self, **arrays, **words)
 
@@ -179,7 +188,15 @@ def _run_set(key: SetKey, rows: Sequence[Mapping[str, Any]]) -> RunSet:
         selection=selection,
         passed_over=dict(passed),
         mixed=mixed,
+        examples=np.array([_positive(r["examples_seen"]) for r in kept]),
     )
+
+
+def _positive(value: Any) -> float:
+    try:
+        return float(value) if float(value) > 0 else np.nan
+    except (TypeError, ValueError):
+        return np.nan
 
 
 def _prefer(rows, column: str, order: Sequence[str], passed: Counter) -> tuple[list[Mapping[str, Any]], str]:
