@@ -37,14 +37,15 @@ def optimum(parameters: dict[str, float], budgets_m: np.ndarray) -> Optimum:
 
 
 def cost_of_loss(parameters: dict[str, np.ndarray], loss: np.ndarray) -> np.ndarray:
-    """ln of the smallest N D at which a Hoffmann law reaches `loss`; +inf where it never does. Broadcasts."""
-    e, a, b, alpha, beta = (parameters[k] for k in ("E", "A", "B", "alpha", "beta"))
-    log_g = (np.log(alpha * a) - np.log(beta * b)) / (alpha + beta)
-    level = np.logaddexp(np.log(a) - alpha * log_g, np.log(b) + beta * log_g)
+    """ln of the smallest N D at which a Hoffmann law reaches `loss`; +inf where it never does, NaN where a term
+    of the law has vanished. Broadcasts."""
+    e, a, b, alpha, beta = (np.asarray(parameters[k], float) for k in ("E", "A", "B", "alpha", "beta"))
     left = loss - e
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
+        log_g = (np.log(alpha * a) - np.log(beta * b)) / (alpha + beta)
+        level = np.logaddexp(np.log(a) - alpha * log_g, np.log(b) + beta * log_g)
         log_left = np.where(left > 0, np.log(np.maximum(left, 1e-300)), -np.inf)
-    return (level - log_left) * (alpha + beta) / (alpha * beta)
+        return (level - log_left) * (alpha + beta) / (alpha * beta)
 
 
 @dataclass(frozen=True)

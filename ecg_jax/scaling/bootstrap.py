@@ -106,7 +106,9 @@ def draw(
     zero = fit.law.zeroable()
     begin[:, zero] = np.maximum(begin[:, zero], bounds.low[zero] + 18.0)  # so that a draw may leave zero again
     criterion = fit.criterion()
-    solved = minimise(fit.law, z, target, weights, begin, bounds, criterion, max_iter=PATIENCE, stall=NO_GAIN)
+    solved = minimise(
+        fit.law, z, target, weights, begin, bounds, criterion, max_iter=PATIENCE, stall=NO_GAIN, curved=fit.law.cheap
+    )
     theta = solved.theta
     again = np.arange(0, replicates, max(1, round(1 / RECHECKED)))
     improved = _look_again(fit, z, target, weights, theta, solved.objective, again, bounds)
@@ -130,7 +132,9 @@ def _look_again(fit: Fit, z, target, weights, theta, objective, again: np.ndarra
     t = target[rows] if target.ndim == 2 else target
     w = weights[rows] if weights.ndim == 2 else weights
     begin = np.tile(begin, (len(again), 1))
-    solved = minimise(fit.law, z, t, w, begin, bounds, fit.criterion(), max_iter=PATIENCE, stall=NO_GAIN)
+    solved = minimise(
+        fit.law, z, t, w, begin, bounds, fit.criterion(), max_iter=PATIENCE, stall=NO_GAIN, curved=fit.law.cheap
+    )
     reached = solved.objective.reshape(len(again), starts)
     best = reached.argmin(axis=1)
     lowest = reached[np.arange(len(again)), best]

@@ -26,6 +26,7 @@ TWO = ("hoffmann", "kaplan", "coupled")
 HELD = (1 / 2, 1 / 3, 1 / 4, 1 / 6)
 WORST = 3.0  # |ln error| beyond which a forecast is simply wrong: one absurd point must not decide alone
 STARTS = 2
+MARGIN = 0.15  # of N and D: a joint law of another form must lead by 15 % or more, whatever the standard error
 LATER = (1.0, 2.0, 3.0, 4.0)  # weights of the origins, first to last
 FIT = 2.0  # weight of ln(residual standard deviation) beside ln(rolling error)
 LEAST = 3  # distinct values of a variable before a law in it is fitted
@@ -98,11 +99,11 @@ def choose(sets: Sequence[RunSet], variables: Sequence[str], *, loss: str, delta
                 residual.append(np.nan)
         shortest = min(map(len, errors))
         scores.append(Score(form, tuple(e[:shortest] for e in errors), tuple(residual)))
-    picked = pick(scores)
+    picked = pick(scores, MARGIN if len(variables) == 2 else 0.0)
     return None if picked is None else Choice(picked[0], tuple(scores), picked[1], tuple(words))
 
 
-def pick(scores: Sequence[Score]) -> tuple[str, float] | None:
+def pick(scores: Sequence[Score], margin: float = 0.0) -> tuple[str, float] | None:
     """The simplest form within one standard error of the best, and that standard error; None where none stands.
 
     A form that could not be fitted at an origin takes the best simpler form's error there; one that could be
@@ -135,6 +136,6 @@ def pick(scores: Sequence[Score]) -> tuple[str, float] | None:
         mean = float((weight * lead).sum())
         spread = float((weight * (lead - mean) ** 2).sum()) / max(1.0 - float((weight**2).sum()), 1e-9)
         se = (spread * float((weight**2).sum())) ** 0.5
-        if mean <= se + 1e-12:
+        if mean <= max(se, margin) + 1e-12:
             return form, se
     return best, 0.0

@@ -51,15 +51,16 @@ class Formula:
     centred: bool = True  # False: the formula needs ln of the variables themselves
 
     batch = 40  # replicates at a time: Hessians of every row are held
+    cheap = False  # draws leave the Hessian's second part out
 
     @property
     def size(self) -> int:
         return len(self.names)
 
-    def evaluate(self, theta_RxP: np.ndarray, z_nxV: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Loss [R, n], its gradient [R, P, n] and what `curvature` needs."""
+    def evaluate(self, theta_RxP: np.ndarray, z_nxV: np.ndarray, curved: bool = True):
+        """Loss [R, n], its gradient [R, P, n] and what `curvature` needs (nothing unless `curved`)."""
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            jet = self.curve(jets.parameters(theta_RxP), list(z_nxV.T))
+            jet = self.curve(jets.parameters(theta_RxP, curved), list(z_nxV.T))
         shape = (len(theta_RxP), self.size, len(z_nxV))
         return np.broadcast_to(jet.value, (shape[0], shape[2])), np.broadcast_to(jet.slope, shape).copy(), jet.bend
 
@@ -70,7 +71,7 @@ class Formula:
 
     def loss_at(self, theta_RxP: np.ndarray, columns: list[np.ndarray]) -> np.ndarray:
         """Loss at centred ln x given by variable, each [n] or [R, m]."""
-        bare = [Jet(theta_RxP[:, [i]], np.zeros((1, 0, 1))) for i in range(self.size)]
+        bare = [Jet(theta_RxP[:, [i]], np.zeros((1, 0, 1)), None, False) for i in range(self.size)]
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             return self.curve(bare, columns).value
 
@@ -241,8 +242,8 @@ def _m4(p: list[Jet], z: list[np.ndarray]) -> Jet:
         w = w - gap / (1.0 - share + q.value * share)
         if np.nanmax(np.abs(gap)) < 1e-13 * (1.0 + np.nanmax(np.abs(t.value))):
             break
-    jet = Jet(w, np.zeros((1, t.slope.shape[1], 1)))
-    for _ in range(2):
+    jet = Jet(w, np.zeros((1, t.slope.shape[1], 1)), None, t.curved)
+    for _ in range(2 if t.curved else 1):
         share = jets.exp(-jets.softplus(-jet))
         gap = q * jets.softplus(jet) - jets.softplus(-jet) - t
         jet = jet - gap / (1.0 - share + q * share)

@@ -20,13 +20,14 @@ class Jet:
     value: np.ndarray
     slope: np.ndarray
     bend: np.ndarray | None = None
+    curved: bool = True  # False: second derivatives are left out from here on
 
     __array_ufunc__ = None  # NumPy arrays on the left leave the operation to us
 
     def __add__(self, other: Jet | np.ndarray | float) -> Jet:
         if not isinstance(other, Jet):
-            return Jet(self.value + other, self.slope, self.bend)
-        return Jet(self.value + other.value, self.slope + other.slope, _plus(self.bend, other.bend))
+            return Jet(self.value + other, self.slope, self.bend, self.curved)
+        return Jet(self.value + other.value, self.slope + other.slope, _plus(self.bend, other.bend), self.curved)
 
     __radd__ = __add__
 
@@ -43,12 +44,14 @@ class Jet:
         if not isinstance(other, Jet):
             factor = np.atleast_2d(other)
             bend = None if self.bend is None else self.bend * factor[:, None, None]
-            return Jet(self.value * factor, self.slope * factor[:, None], bend)
+            return Jet(self.value * factor, self.slope * factor[:, None], bend, self.curved)
         a, b = self.value, other.value
+        slope = self.slope * b[:, None] + other.slope * a[:, None]
+        if not self.curved:
+            return Jet(a * b, slope, None, False)
         cross = self.slope[:, :, None] * other.slope[:, None]
         bend = _plus(_scaled(self.bend, b), _scaled(other.bend, a))
-        bend = _plus(bend, cross + cross.transpose(0, 2, 1, 3))
-        return Jet(a * b, self.slope * b[:, None] + other.slope * a[:, None], bend)
+        return Jet(a * b, slope, _plus(bend, cross + cross.transpose(0, 2, 1, 3)))
 
     __rmul__ = __mul__
 
@@ -59,9 +62,9 @@ class Jet:
     def through(self, value: np.ndarray, first: np.ndarray, second: np.ndarray) -> Jet:
         """f(self), from f and its two derivatives at the value."""
         bend = _scaled(self.bend, first)
-        if np.any(second):
+        if self.curved and np.any(second):
             bend = _plus(bend, second[:, None, None] * self.slope[:, :, None] * self.slope[:, None])
-        return Jet(value, self.slope * first[:, None], bend)
+        return Jet(value, self.slope * first[:, None], bend, self.curved)
 
 
 def _plus(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
@@ -87,7 +90,7 @@ def softplus(x: Jet) -> Jet:
     return x.through(np.logaddexp(0.0, x.value), share, share * (1.0 - share))
 
 
-def parameters(theta_RxP: np.ndarray) -> list[Jet]:
+def parameters(theta_RxP: np.ndarray, curved: bool = True) -> list[Jet]:
     """One jet per column of `theta`: value [R, 1], gradient a unit vector."""
     unit = np.eye(theta_RxP.shape[1])[None, :, :, None]
-    return [Jet(theta_RxP[:, [i]], unit[:, :, i]) for i in range(theta_RxP.shape[1])]
+    return [Jet(theta_RxP[:, [i]], unit[:, :, i], None, curved) for i in range(theta_RxP.shape[1])]

@@ -75,6 +75,7 @@ class Law:
 
     centred = True  # works in ln x minus its mean
     batch = 512  # replicates at a time, at most
+    cheap = True  # the exact Hessian costs little more than its Gauss-Newton part
 
     def terms(self, theta_RxP: np.ndarray, z_nxV: np.ndarray) -> np.ndarray:
         """Value of every term, [R, T, n], floor first. `z` is ln x minus its centre."""
@@ -87,7 +88,7 @@ class Law:
         """Loss, [R, n]."""
         return self.terms(theta_RxP, z_nxV).sum(axis=1)
 
-    def evaluate(self, theta_RxP: np.ndarray, z_nxV: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def evaluate(self, theta_RxP: np.ndarray, z_nxV: np.ndarray, curved: bool = True):
         """Loss [R, n], its gradient [R, P, n], and the terms, which `curvature` needs."""
         terms = self.terms(theta_RxP, z_nxV)
         return terms.sum(axis=1), np.concatenate([terms, -z_nxV.T[None] * terms[:, self.floor :]], axis=1), terms

@@ -100,11 +100,13 @@ def minimise(
     *,
     max_iter: int = 200,
     stall: float = 1e-7,
+    curved: bool = True,
 ) -> Solved:
     """Minimise from every row of `begin`.
 
     target, weights: [n] shared by all replicates, or [R, n]. stall: relative gain over `STALL` steps below which
-    a replicate is left. Returns arrays in the order of `begin`.
+    a replicate is left. curved: False leaves second derivatives of the law out. Returns arrays in the order
+    of `begin`.
     """
     parts = []
     size = max(16, min(law.batch, CACHE // len(z_nxV)))
@@ -112,16 +114,16 @@ def minimise(
         rows = slice(first, first + size)
         t = target if target.ndim == 1 else target[rows]
         w = weights if weights.ndim == 1 else weights[rows]
-        parts.append(_minimise(law, z_nxV, t, w, begin_RxP[rows], bounds, criterion, max_iter, stall))
+        parts.append(_minimise(law, z_nxV, t, w, begin_RxP[rows], bounds, criterion, max_iter, stall, curved))
     return Solved(*(np.concatenate([getattr(p, f) for p in parts]) for f in Solved.__dataclass_fields__))
 
 
-def _minimise(law, z, target, weights, begin, bounds, criterion, max_iter, stall) -> Solved:
+def _minimise(law, z, target, weights, begin, bounds, criterion, max_iter, stall, curved) -> Solved:
     count = len(begin)
     target = np.broadcast_to(target, (count, len(z)))
     weights = np.broadcast_to(weights, (count, len(z)))
     theta = np.clip(begin, bounds.low, bounds.high)
-    state = _evaluate(law, z, target, weights, theta, criterion)
+    state = _evaluate(law, z, target, weights, theta, criterion, curved=curved)
     damping = np.full(count, 1e-3)
     bent = np.ones(count, bool)  # True: exact Hessian; False: its Gauss-Newton part
     calm = np.zeros(count, int)
@@ -135,12 +137,14 @@ def _minimise(law, z, target, weights, begin, bounds, criterion, max_iter, stall
     for turn in range(1, max_iter + 1):
         late = turn > PATIENT
         if turn == PATIENT + 1:
-            again = _evaluate(law, z, target[active], weights[active], state.theta[active], criterion, gauss=True)
+            again = _evaluate(
+                law, z, target[active], weights[active], state.theta[active], criterion, gauss=True, curved=curved
+            )
             state.gauss[active] = again.gauss
         now = state.take(active)
         step, decrement = _newton_step(now, damping[active], bounds, bent[active])
         trial_theta = np.clip(now.theta + step, bounds.low, bounds.high)
-        trial = _evaluate(law, z, target[active], weights[active], trial_theta, criterion, gauss=late)
+        trial = _evaluate(law, z, target[active], weights[active], trial_theta, criterion, gauss=late, curved=curved)
         quiet = decrement <= CALM * now.value
         limit = np.where(quiet, now.value * (1 + 1e-11), now.value)
         better = np.isfinite(trial.value) & (trial.value <= limit)
@@ -183,8 +187,8 @@ def _finish(state: _State, bounds: Bounds, calm, iterations, rounding) -> Solved
     return Solved(state.theta, state.value, largest, curvature, converged, iterations)
 
 
-def _evaluate(law, z, target, weights, theta, criterion: Criterion, gauss: bool = False) -> _State:
-    pred, jac, state = law.evaluate(theta, z)
+def _evaluate(law, z, target, weights, theta, criterion: Criterion, gauss: bool = False, curved: bool = True) -> _State:
+    pred, jac, state = law.evaluate(theta, z, curved)
     delta = criterion.delta if np.isfinite(criterion.delta) else 1.0
     with np.errstate(invalid="ignore", divide="ignore"):
         residual = ((np.log(pred) if criterion.logarithmic else pred) - target) / delta
@@ -194,16 +198,20 @@ def _evaluate(law, z, target, weights, theta, criterion: Criterion, gauss: bool 
     metric = weights * metric
     pull = weights * slope / delta
     bend = weights * bend / delta**2
-    curvature_weight = pull
-    if criterion.logarithmic:  # d2 ln L = d2 L / L - (dL / L)(dL / L)^T
-        bend = bend - pull
-        curvature_weight = pull / pred
-    hessian = (jac * bend[:, None]) @ jac.transpose(0, 2, 1)
-    hessian += law.curvature(state, z, curvature_weight)
+    model = (jac * (metric / delta**2)[:, None]) @ jac.transpose(0, 2, 1) if gauss or not curved else None
+    if curved:
+        curvature_weight = pull
+        if criterion.logarithmic:  # d2 ln L = d2 L / L - (dL / L)(dL / L)^T
+            bend = bend - pull
+            curvature_weight = pull / pred
+        hessian = (jac * bend[:, None]) @ jac.transpose(0, 2, 1)
+        hessian += law.curvature(state, z, curvature_weight)
+        model = hessian if model is None else model
+    else:
+        hessian = model
     # Largest possible gradient for residuals of this size: the denominators of the cosine test.
     norm = np.sqrt((pull * residual * delta).sum(axis=1))
     scale = np.sqrt(((jac * jac) * metric[:, None]).sum(axis=2)) / delta
-    model = (jac * (metric / delta**2)[:, None]) @ jac.transpose(0, 2, 1) if gauss else hessian
     gradient = (jac * pull[:, None]).sum(axis=2)
     total = (weights * value).sum(axis=1)
     sound = np.isfinite(gradient).all(axis=1) & np.isfinite(hessian).all(axis=(1, 2)) & np.isfinite(total)

@@ -27,6 +27,17 @@ from ecg_jax.scaling.transfer import Transfer
 SYMBOL = {"alpha": "α", "beta": "β"}
 
 
+MEANING = {
+    "E": "irreducible loss", "alpha": "exponent of N", "beta": "exponent of D", "A": "amplitude of N, raw",
+    "B": "amplitude of D, raw", "k": "coupling of N and D (1: they add)", "s": "shift",
+    "turn": "where the slope changes",
+    "alpha_late": "exponent of N beyond the turn", "beta_late": "exponent of D beyond the turn", "f": "width of the turn",
+    "E0": "loss before learning", "q": "how the start saturates",
+    "gamma": "inverse size at which it levels off",
+    "RD": "repeats of the data that still count", "RN": "excess parameters that still count",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Study:
     """Everything the report shows."""
@@ -177,6 +188,8 @@ def _each(study: Study) -> Iterator[str]:
 
 def _formula(r: LawResult) -> str:
     values = r.fit.parameters
+    if r.law.name not in ("hoffmann", "power", "power0"):
+        return f"<i>L</i> = {escape(r.law.formula)}" if "=" not in r.law.formula else escape(r.law.formula)
     terms = [numbers.short(values["E"])] if "E" in values else []
     for v, (amplitude, exponent) in {"N": ("A", "alpha"), "D": ("B", "beta")}.items():
         if amplitude in values:
@@ -188,14 +201,10 @@ def _formula(r: LawResult) -> str:
 
 
 def _parameters(r: LawResult, options: Options) -> str:
-    what = {
-        "E": "irreducible loss", "alpha": "exponent of N", "beta": "exponent of D",
-        "A": "amplitude of N, raw", "B": "amplitude of D, raw",
-    }  # fmt: skip
     rows = []
     for name in r.law.names:
         ends = numbers.interval(r.intervals[name].pair()) if name in r.intervals else "no bootstrap asked for"
-        rows.append([f"{_symbol(name)} {what[name]}", numbers.short(r.fit.parameters[name], 4), ends])
+        rows.append([f"{_symbol(name)} {MEANING.get(name, '')}", numbers.short(r.fit.parameters[name], 4), ends])
     law, theta = whole(r.fit.law, r.fit.theta)
     for i, v in zip(amplitudes_of(law), law.variables, strict=False):
         centre, share = np.exp(r.fit.centre[law.variables.index(v)]), np.exp(theta[i])

@@ -43,8 +43,8 @@ class Restricted:
         with np.errstate(invalid="ignore"):  # E fixed at 0 is a constant of minus infinity
             return self.constant + theta @ self.matrix
 
-    def evaluate(self, theta_RxF: np.ndarray, z_nxV: np.ndarray):
-        pred, jac, state = self.law.evaluate(self.whole(theta_RxF), z_nxV)
+    def evaluate(self, theta_RxF: np.ndarray, z_nxV: np.ndarray, curved: bool = True):
+        pred, jac, state = self.law.evaluate(self.whole(theta_RxF), z_nxV, curved)
         return pred, np.einsum("fp,rpn->rfn", self.matrix, jac), state
 
     def curvature(self, state, z_nxV: np.ndarray, weight_Rxn: np.ndarray) -> np.ndarray:

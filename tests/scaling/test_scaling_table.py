@@ -82,6 +82,7 @@ def test_wide_tables_are_melted(tmp_path):
         ("loss_id", 0.2, "loss"),
         ("loss_far", 0.3, "loss"),
     ]
+    assert [r["domain"] for r in got.rows] == ["id", "ood_unseen"]
 
 
 def test_contaminated_rows_are_left_out_and_counted(tmp_path):
