@@ -9,19 +9,20 @@ them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ecg_jax.errors import UsageError, did_you_mean
 from ecg_jax.progress import track
-from ecg_jax.scaling import bootstrap, choice, forms, identify, intervals, laws
+from ecg_jax.scaling import bootstrap, choice, forms, identify, intervals, laws, profile
 from ecg_jax.scaling.families import RunSet, SeedNoise
 from ecg_jax.scaling.intervals import Interval
 from ecg_jax.scaling.restrict import Restricted
 from ecg_jax.scaling.solve import LOSSES, Fit, fit_law
 
 FORMS = ("auto", *choice.TWO, "kaplan0", *choice.ONE, "m1", "m2", "data-constrained")
+PROFILED = ("E", "alpha", "beta", "RD", "RN")
 LEAST_FOR_FLOOR = 4  # distinct sizes before a one-variable law may have its own floor
 
 
@@ -83,6 +84,7 @@ class LawResult:
     held_out: HeldOut | None
     variants: tuple[Variant, ...]
     chosen: choice.Choice | None = None
+    weak: tuple[str, ...] = ()  # parameters that the runs bound on one side only, in words
 
     @property
     def identified(self) -> bool:
@@ -165,10 +167,37 @@ def analyse(runs: RunSet, options: Options, noise: SeedNoise | None, chosen: cho
             kind=bootstrap.choose_kind(runs.n_params, runs.n_records),
         )
         ends = intervals.parameter_intervals(fitted, drawn, level=options.level)
+    known = identify.Identification(tuple(conditions))
+    weak: tuple[str, ...] = ()
+    if known.identified and options.bootstrap:
+        ends, weak = _profiled(runs, fitted, ends, options)
     return LawResult(
-        runs, fitted.law, fitted, drawn, ends, identify.Identification(tuple(conditions)), noise,
-        _held_out(runs, law, options, noise), tuple(_variants(runs, law, options, noise)), chosen,
+        runs, fitted.law, fitted, drawn, ends, known, noise,
+        _held_out(runs, law, options, noise), tuple(_variants(runs, law, options, noise)), chosen, weak,
     )  # fmt: skip
+
+
+def _profiled(runs: RunSet, fit: Fit, ends: dict[str, Interval], options: Options):
+    """The floor's interval widened to its profile's, where that is wider, and what is bounded on one side only.
+
+    A floor far below the runs is an extrapolation: draws around one optimum know less of it than the profile.
+    """
+    weak = []
+    ends = dict(ends)
+    for name in PROFILED:
+        if name in fit.law.names:
+            got = profile.profile(fit, runs.log_x(fit.law.variables), runs.loss, name, level=options.level)
+            if got is not None and got.words:
+                weak.append(got.words)
+            if got is not None and name == "E":
+                low = min(got.low or 0.0, ends["E"].low or 0.0)
+                high = None if got.high is None or ends["E"].high is None else max(got.high, ends["E"].high)
+                ends["E"] = replace(ends["E"], low=low, high=high)
+    flat = [v for v in ("alpha", "beta") if v in ends and not ends[v].low]
+    if "E" in ends and flat:  # a slope that may be nil leaves any floor below the runs open
+        ends["E"] = replace(ends["E"], low=0.0)
+        weak.append(f"E is bounded above only, as {' and '.join(flat)} may be 0")
+    return ends, tuple(weak)
 
 
 def _fit(runs: RunSet, law, options: Options, noise: SeedNoise | None, loss: str | None = None) -> Fit:

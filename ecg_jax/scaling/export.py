@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ecg_jax.errors import DataError
-from ecg_jax.scaling import identify, intervals
+from ecg_jax.scaling import allocation, identify, intervals
 from ecg_jax.scaling.analysis import LawResult, Options
 from ecg_jax.scaling.claims import seeds_to_tell
 from ecg_jax.scaling.multipliers import Multiplier
@@ -60,9 +60,11 @@ def law_json(result: LawResult, options: Options) -> dict[str, Any]:
         "interval_method": intervals.method_of(result.draws) if result.draws else None,
         "bootstrap": _bootstrap_json(result, options),
         "reference": _reference(result),
+        "allocation": allocation_of(result, options.level),
         "certificate": asdict(fit.certificate) if fit else None,
         "identified": result.identified,
         "identification": [asdict(c) for c in result.identification.conditions],
+        "weakly_identified": list(result.weak),
         "known_floor": known,
         "known_floor_covered": (
             result.intervals["E"].covers(known) if known is not None and "E" in result.intervals else None
@@ -108,6 +110,21 @@ def _reference(result: LawResult) -> dict[str, float] | None:
         out[v] = float(np.exp(fit.centre[i]))
         if amplitudes:
             out[f"excess at {v}"] = float(np.exp(theta[amplitudes[i]]))
+    return out
+
+
+def allocation_of(result: LawResult, level: float) -> dict[str, Any] | None:
+    """Compute-optimal exponents of N and D in the budget N D, and both at the largest budget that was run."""
+    if result.fit is None or result.law.name != "hoffmann" or not min(result.fit.raw) > 0:
+        return None
+    budget = float((result.runs.n_params * result.runs.n_records).max())
+    best = allocation.optimum(result.fit.parameters, np.array([budget]))
+    out = {"a": best.a, "b": best.b, "budget": budget, "n_params": best.n_params[0], "n_records": best.n_records[0]}
+    if result.draws is not None:
+        alpha, beta = result.draws.raw[:, 3], result.draws.raw[:, 4]
+        kind = intervals.method_of(result.draws)
+        found = intervals.interval(best.a, beta / (alpha + beta), level=level, method=kind, df=result.df)
+        out["a_interval"] = [found.low and max(found.low, 0.0), found.high and min(found.high, 1.0)]
     return out
 
 

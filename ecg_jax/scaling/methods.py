@@ -70,7 +70,8 @@ def paragraph(
             f"Intervals ({100 * options.level:g} %) are from {options.bootstrap:,} wild bootstrap draws by "
             "configuration (N, D) with leverage correction and six-point weights, common to all fits so that "
             "differences are paired; "
-            "their ends are Student's t times the draws' robust standard deviation."
+            "their ends are Student's t times the draws' robust standard deviation, and E's are widened to its "
+            "profile likelihood's."
         )
     if kinds.get("case"):
         said.append(

@@ -17,7 +17,7 @@ import numpy as np
 from ecg_jax.scaling import checklist, claims, identify, methods, numbers, page
 from ecg_jax.scaling.analysis import LawResult, Options
 from ecg_jax.scaling.drawing import Drawing
-from ecg_jax.scaling.export import amplitudes_of
+from ecg_jax.scaling.export import allocation_of, amplitudes_of
 from ecg_jax.scaling.families import RunSet
 from ecg_jax.scaling.multipliers import Multiplier, family_name
 from ecg_jax.scaling.restrict import whole
@@ -25,13 +25,12 @@ from ecg_jax.scaling.table import Table
 from ecg_jax.scaling.transfer import Transfer
 
 SYMBOL = {"alpha": "α", "beta": "β"}
-
-
 MEANING = {
     "E": "irreducible loss", "alpha": "exponent of N", "beta": "exponent of D", "A": "amplitude of N, raw",
     "B": "amplitude of D, raw", "k": "coupling of N and D (1: they add)", "s": "shift",
     "turn": "where the slope changes",
-    "alpha_late": "exponent of N beyond the turn", "beta_late": "exponent of D beyond the turn", "f": "width of the turn",
+    "alpha_late": "exponent of N beyond the turn", "beta_late": "exponent of D beyond the turn",
+    "f": "width of the turn",
     "E0": "loss before learning", "q": "how the start saturates",
     "gamma": "inverse size at which it levels off",
     "RD": "repeats of the data that still count", "RN": "excess parameters that still count",
@@ -75,7 +74,7 @@ def _body(study: Study) -> Iterator[str]:
         sections.append(("predictions", "Predictions", _predictions))
     sections.append(("methods", "Methods", lambda s: methods.render(s.results, s.transfers, s.options, s.version)))
     sections.append(("done", "What was done", lambda s: checklist.render(s.table, s.results, s.options, s.version)))
-    yield "<nav>" + "".join(f'<a href="#{a}">{t}</a>' for a, t, _ in sections) + "</nav>"
+    yield "<nav>" + " ".join(f'<a href="#{a}">{t}</a>' for a, t, _ in sections) + "</nav>"
     for anchor, title, make in sections:
         yield f'<h2 id="{anchor}">{title}</h2>'
         yield from make(study)
@@ -182,7 +181,7 @@ def _each(study: Study) -> Iterator[str]:
         yield page.figure(drawing.panels, drawing.caption)
         if r.identified:
             yield _parameters(r, study.options)
-            yield f"<p>{_quality(r)}</p>"
+            yield f"<p>{_quality(r, study.options)}</p>"
             yield _sensitivity(r, study.options)
 
 
@@ -219,7 +218,7 @@ def _parameters(r: LawResult, options: Options) -> str:
     return page.table(["Parameter", "Estimate", f"{100 * options.level:g} % interval"], rows)
 
 
-def _quality(r: LawResult) -> str:
+def _quality(r: LawResult, options: Options) -> str:
     c, fit = r.fit.certificate, r.fit
     words = [
         f"{fit.n} runs in {int(r.runs.cells.max()) + 1} configurations; residual standard deviation "
@@ -239,6 +238,15 @@ def _quality(r: LawResult) -> str:
     words.append(f"{agree}, {gap}; scaled gradient {c.scaled_gradient:.0e}")
     if c.boundary:
         words.append(f"at a boundary: {', '.join(c.boundary)}")
+    best = allocation_of(r, options.level)
+    if best is not None:
+        span = f" ({numbers.interval(best['a_interval'], 2)})" if "a_interval" in best else ""
+        words.append(
+            f"at compute proportional to N D the optimal N grows as its power {numbers.short(best['a'], 2)}{span}; for "
+            f"the largest budget here that is N = {numbers.count(best['n_params'])} with D = "
+            f"{numbers.count(best['n_records'])}"
+        )
+    words += [f"{escape(w)} (profile likelihood)" for w in r.weak]
     if not c.converged:
         words.append("<b>the optimiser did not converge</b>")
     if r.held_out:
