@@ -28,7 +28,7 @@ LEVERAGE_POWER = 1.0  # of 1 - leverage; 0.5 is unbiased for the variance but co
 RECHECKED = 0.02
 LOOKS = 4  # starts of a second look
 NO_GAIN = 1e-6  # relative, over 20 steps: far below what a draw varies by; only flat valleys are that slow
-PATIENCE = 100  # Newton steps; warm draws of an identified law take about ten
+PATIENCE = 200  # Newton steps; warm draws of an identified law take about ten, flat valleys a hundred
 SIX_POINTS = np.sqrt(np.array([0.5, 1.0, 1.5])).repeat(2) * np.tile([-1.0, 1.0], 3)  # Webb 2013
 
 

@@ -7,7 +7,8 @@
            beside it: the maximum of noisy ratios is biased upwards
     rho_T  ratio of kappas (`transfer`)
 
-It fits nothing. Invariant: every ratio is the same statement as its inverse, in the order of `multipliers`.
+`under_other_forms` fits the rival forms; nothing else is fitted. Invariant: every ratio is the same statement
+as its inverse, in the order of `multipliers`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from ecg_jax.scaling import choice, forms
 from ecg_jax.scaling.allocation import cost_of_loss
-from ecg_jax.scaling.analysis import LawResult
-from ecg_jax.scaling.multipliers import POINTS, Multiplier, between, pairs, reached
+from ecg_jax.scaling.analysis import LawResult, Options
+from ecg_jax.scaling.multipliers import POINTS, Multiplier, between, compare, pairs, reached
+from ecg_jax.scaling.solve import fit_law
 from ecg_jax.scaling.transfer import Transfer
 
 CROSSING_GRID = 241
@@ -146,3 +149,28 @@ def seeds_to_tell(m: Multiplier) -> int | None:
     low, high = np.quantile(np.where(np.isnan(m.draws), np.inf, m.draws), [0.159, 0.841], method="nearest")
     sd = 0.5 * (high - low)
     return max(1, int(np.ceil((POWER * sd / TELL) ** 2))) if np.isfinite(sd) else None
+
+
+def under_other_forms(
+    found: Sequence[Multiplier], results: Sequence[LawResult], options: Options, *, level: float
+) -> list[Multiplier]:
+    """The ratios with what the other joint forms give for each, as `at["under other forms"]`: point values only."""
+    others: dict[tuple, dict[str, float]] = {}
+    known = [r for r in results if r.identified and set(r.law.variables) == {"N", "D"}]
+    for form in choice.TWO:
+        law = forms.get(form, ("N", "D"))
+        swapped = []
+        for r in known:
+            if r.law.name != form and int(r.runs.cells.max()) + 1 > law.size:
+                x = r.runs.log_x(("N", "D"))
+                made = fit_law(law, x, r.runs.loss, loss=options.loss, delta=options.delta, n_starts=choice.STARTS)
+                swapped.append(replace(r, law=law, fit=made, draws=None))
+        for pair in pairs(swapped):
+            for m in compare(*pair, level=level):
+                if m.value is not None and np.isfinite(m.value):
+                    others.setdefault(_same(m), {})[form] = m.value
+    return [replace(m, at=m.at | {"under other forms": others[_same(m)]}) if _same(m) in others else m for m in found]
+
+
+def _same(m: Multiplier) -> tuple[str, ...]:
+    return m.kind, m.numerator, m.denominator, m.dataset, m.task, m.domain

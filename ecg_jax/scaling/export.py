@@ -71,6 +71,7 @@ def law_json(result: LawResult, options: Options) -> dict[str, Any]:
         ),
         "residual_sd": identify.residual_sd(fit) if fit else None,
         "seed_noise": asdict(result.noise) if result.noise else None,
+        "spread_of_ln_loss": {k: {"sd": sd, "df": df} for k, (sd, df) in runs.spread.items()},
         "held_out": asdict(result.held_out) if result.held_out else None,
         "sensitivity": [asdict(v) for v in result.variants],
         "flagged": [f"{r}: {s}" for r, s in zip(runs.runs, runs.status, strict=True) if s != "done"],

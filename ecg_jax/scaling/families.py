@@ -12,7 +12,7 @@ It does not fit. Invariant: one row per run and set; what was passed over is cou
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ class RunSet:
     passed_over: dict[str, int]
     mixed: tuple[str, ...]  # columns that should be one per family and are not
     examples: np.ndarray  # records read in training, repeats counted; NaN where not stated
+    spread: dict[str, tuple[float, int]] = field(default_factory=dict)  # see `spread`
 
     @property
     def n(self) -> int:
@@ -159,7 +160,7 @@ def _run_set(key: SetKey, rows: Sequence[Mapping[str, Any]]) -> RunSet:
     by_run: dict[tuple, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         by_run[row["run"], row["n_params"], row["n_records"], str(row["seed"])].append(row)
-    kept = []
+    kept, repeats = [], []
     for _, mine in sorted(by_run.items(), key=lambda item: (item[0][1:3], item[0][0], item[0][3])):
         last = max(r["step"] for r in mine)
         now = [r for r in mine if r["step"] == last]
@@ -167,6 +168,7 @@ def _run_set(key: SetKey, rows: Sequence[Mapping[str, Any]]) -> RunSet:
             passed["earlier step of the same run"] += len(mine) - len(now)
         if len(now) > 1:
             passed["probe seed averaged into its run"] += len(now) - 1
+        repeats.append([r["value"] for r in now])
         kept.append(dict(now[0]) | {"value": float(np.mean([r["value"] for r in now]))})
     mixed = tuple(c for c in ("objective", "codebook", "pool") if len({str(r[c]) for r in kept}) > 1)
 
@@ -189,7 +191,34 @@ def _run_set(key: SetKey, rows: Sequence[Mapping[str, Any]]) -> RunSet:
         passed_over=dict(passed),
         mixed=mixed,
         examples=np.array([_positive(r["examples_seen"]) for r in kept]),
+        spread=spread(kept, repeats),
     )
+
+
+def spread(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Sequence[float]]) -> dict[str, tuple[float, int]]:
+    """Standard deviation of ln L and its degrees of freedom, by where the spread comes from, where the log tells.
+
+    probe: probe seeds of one run; initialisation: seeds of one (N, D, subset offset); subset: offsets of one
+    (N, D), what initialisation explains taken out. `repeats`: each run's losses over probe seeds.
+    """
+    found = {}
+    values: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for r in runs:
+        values[r["n_params"], r["n_records"]][str(r["subset_offset"])].append(float(np.log(r["value"])))
+    groups = {
+        "probe": [np.log(losses) for losses in repeats],
+        "initialisation": [np.array(v) for cell in values.values() for v in cell.values()],
+        "subset": [np.array([np.mean(v) for v in cell.values()]) for cell in values.values()],
+    }
+    for name, parts in groups.items():
+        df = sum(len(part) - 1 for part in parts)
+        if df > 0:
+            found[name] = (float(np.sqrt(sum(((part - part.mean()) ** 2).sum() for part in parts) / df)), df)
+    if "subset" in found and "initialisation" in found:
+        draws = np.mean([len(v) for cell in values.values() if len(cell) > 1 for v in cell.values()])
+        rest = found["subset"][0] ** 2 - found["initialisation"][0] ** 2 / draws
+        found["subset"] = (float(np.sqrt(max(rest, 0.0))), found["subset"][1])
+    return found
 
 
 def _positive(value: Any) -> float:

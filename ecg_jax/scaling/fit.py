@@ -68,6 +68,7 @@ def fit(
     compared = multipliers.compare_all(results, level=level)
     compared += multipliers.corrected(list(claims.extra(results, moved, level=level)))
     compared += list(claims.largest(compared, level=level))
+    compared = claims.under_other_forms(compared, results, options, level=level)
     laws_json = [export.law_json(r, options) for r in results]
     multipliers_json = [export.multiplier_json(m) for m in compared]
     texts = {"laws.json": _json(laws_json), "multipliers.json": _json(multipliers_json)}

@@ -47,6 +47,7 @@ def _panel(kind: str, rows: Sequence[Multiplier]):
     ends = [e for m in rows for e in (*m.interval, m.value) if e is not None]
     ends = [e for e in ends if 1 / WIDEST < e < WIDEST] + [1.0]
     low, high = min(ends) / 1.15, max(ends) * 1.15
+    alike = len({f.split(" / ")[2] for m in rows for f in (m.numerator, m.denominator)}) == 1
     for i, m in enumerate(rows):
         y = -i
         left, right = (low if m.interval[0] is None else max(m.interval[0], low)), m.interval[1]
@@ -58,9 +59,9 @@ def _panel(kind: str, rows: Sequence[Multiplier]):
             if end is None or not low <= end <= high:
                 ax.plot([at], [y], mark, color=colour, ms=5, clip_on=False)
         ax.plot([min(max(m.value, low), high)], [y], "o", color=colour, ms=5)
-        against = f"{m.numerator} over {m.denominator}".replace(" / ", " ")
-        ax.text(0.0, y + 0.22, f"{m.dataset} {m.task} {m.domain.replace('_', ' ')}: {against}",
-                transform=ax.get_yaxis_transform(), fontsize=6.4, color=INK)  # fmt: skip
+        ax.text(0.0, y + 0.20, f"{m.task}: {_short(m.numerator, alike)} over {_short(m.denominator, alike)}",
+                transform=ax.get_yaxis_transform(), fontsize=7.6, color=INK, zorder=4,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
     ax.axvline(1.0, color=INK, lw=0.8)
     ax.set_xscale("log")
     ax.set_xlim(low, high)
@@ -74,3 +75,9 @@ def _panel(kind: str, rows: Sequence[Multiplier]):
     symbol, v = kind.split("_")
     ax.set_title(f"{'M' if symbol == 'M' else 'rho'} {v}, {KINDS[kind]}", loc="left", pad=4)
     return figure
+
+
+def _short(family: str, alike: bool) -> str:
+    """A family's name, without its input where all share one."""
+    parts = family.split(" / ")
+    return " ".join(parts[:2] if alike else parts)

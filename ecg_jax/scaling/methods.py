@@ -18,6 +18,16 @@ LOSSES = {
     "student-t": "Student's t likelihood of ln L with 4 degrees of freedom and estimated scale",
     "envelope": "Huber's loss of ln L with runs below the law weighted nine times those above it",
 }
+MEANING = {
+    "E": "irreducible loss", "alpha": "exponent of N", "beta": "exponent of D", "A": "amplitude of N, raw",
+    "B": "amplitude of D, raw", "k": "coupling of N and D (1: they add)", "s": "shift",
+    "turn": "where the slope changes",
+    "alpha_late": "exponent of N beyond the turn", "beta_late": "exponent of D beyond the turn",
+    "f": "width of the turn",
+    "E0": "loss before learning", "q": "how the start saturates",
+    "gamma": "inverse size at which it levels off",
+    "RD": "repeats of the data that still count", "RN": "excess parameters that still count",
+}  # fmt: skip
 REFERENCES = {
     "hoffmann": "Hoffmann et al. 2022, Training compute-optimal large language models, arXiv 2203.15556.",
     "kaplan": "Kaplan et al. 2020, Scaling laws for neural language models, arXiv 2001.08361.",

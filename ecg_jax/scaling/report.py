@@ -25,16 +25,6 @@ from ecg_jax.scaling.table import Table
 from ecg_jax.scaling.transfer import Transfer
 
 SYMBOL = {"alpha": "α", "beta": "β"}
-MEANING = {
-    "E": "irreducible loss", "alpha": "exponent of N", "beta": "exponent of D", "A": "amplitude of N, raw",
-    "B": "amplitude of D, raw", "k": "coupling of N and D (1: they add)", "s": "shift",
-    "turn": "where the slope changes",
-    "alpha_late": "exponent of N beyond the turn", "beta_late": "exponent of D beyond the turn",
-    "f": "width of the turn",
-    "E0": "loss before learning", "q": "how the start saturates",
-    "gamma": "inverse size at which it levels off",
-    "RD": "repeats of the data that still count", "RN": "excess parameters that still count",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -203,7 +193,9 @@ def _parameters(r: LawResult, options: Options) -> str:
     rows = []
     for name in r.law.names:
         ends = numbers.interval(r.intervals[name].pair()) if name in r.intervals else "no bootstrap asked for"
-        rows.append([f"{_symbol(name)} {MEANING.get(name, '')}", numbers.short(r.fit.parameters[name], 4), ends])
+        rows.append(
+            [f"{_symbol(name)} {methods.MEANING.get(name, '')}", numbers.short(r.fit.parameters[name], 4), ends]
+        )
     law, theta = whole(r.fit.law, r.fit.theta)
     for i, v in zip(amplitudes_of(law), law.variables, strict=False):
         centre, share = np.exp(r.fit.centre[law.variables.index(v)]), np.exp(theta[i])
@@ -229,6 +221,9 @@ def _quality(r: LawResult, options: Options) -> str:
         words.append(
             f"repeated seeds differ by {numbers.percent(r.noise.log)} ({r.noise.df} degrees of freedom{pooled})"
         )
+    if len(r.runs.spread) > 1:
+        parts = (f"{k} {numbers.percent(sd)} ({df} df)" for k, (sd, df) in r.runs.spread.items())
+        words.append(f"spread by its origin: {', '.join(parts)}")
     agree = f"{c.starts_agreeing} of {c.starts} starts reached this optimum"
     gap = (
         "no other was found"
@@ -295,7 +290,7 @@ def _multipliers(study: Study) -> Iterator[str]:
         "within one input and one paradigm. <i>p</i> tests a ratio of one; Holm's correction runs over "
         "tasks.</p>"
     )
-    yield from (page.figure(d.panels, d.caption) for d in study.drawings if d.kind == "forest")
+    yield from (page.figure(d.panels, d.caption, wide=True) for d in study.drawings if d.kind == "forest")
     level = f"{100 * study.options.level:g} % interval"
     heads = ["Ratio", "Task", "Value", level, "<i>p</i> (Holm)", "At equal loss"]
     yield page.table(heads, [_multiplier_row(m) for m in study.multipliers])
@@ -305,7 +300,8 @@ def _multiplier_row(m: Multiplier) -> list[str]:
     top, kind, v = (m.kind.split("_")[0].startswith("max"), *m.kind.removeprefix("max ").split("_"))
     letter = {"rho": "ρ", "N": "N"}.get(kind, "M")
     row = [
-        f"{'max ' if top else ''}<i>{letter}</i><sub>{v}</sub> <small>{escape(m.meaning)}</small>",
+        f"{'max ' if top else ''}<i>{letter}</i><sub>{v}</sub> <small>{escape(m.meaning)}; "
+        f"{escape(m.numerator)} over {escape(m.denominator)}</small>",
         escape(f"{m.dataset} {m.task}, {m.domain.replace('_', ' ').replace('ood', 'OOD').replace('id', 'ID')}"),
     ]
     if not m.identified:
@@ -322,7 +318,10 @@ def _multiplier_row(m: Multiplier) -> list[str]:
             f"{numbers.interval(m.at['loss'])}<small>ratio there {numbers.short(drift[0])} and "
             f"{numbers.short(drift[1])}</small>"
         )
-    elif top:
+    if "under other forms" in m.at:
+        others = (f"{f} {numbers.short(x)}" for f, x in m.at["under other forms"].items())
+        over += f"<small>under other forms: {escape(', '.join(others))}</small>"
+    if top:
         over = f"median {numbers.short(m.at['median'])}<small>range {numbers.interval(m.at['range'])}</small>"
     share = f"<small>{numbers.percent(m.infinite_draws)} of draws infinite</small>" if m.infinite_draws else ""
     runs = claims.seeds_to_tell(m)

@@ -175,3 +175,30 @@ def test_unreadable_sources_are_named(tmp_path):
     nothing.write_text("run,value\n")
     with pytest.raises(DataError, match="no rows"):
         table.read([nothing])
+
+
+def test_spread_is_split_into_probe_initialisation_and_subset(tmp_path):
+    rng = np.random.default_rng(0)
+    changes = []
+    for n in range(1, 41):
+        for offset in (0.0, 0.33):
+            subset = 0.05 * rng.normal()
+            for seed in range(3):
+                run = {
+                    "run": f"n{n}-{offset}-{seed}",
+                    "n_params": n,
+                    "subset_offset": offset,
+                    "seed": seed,
+                    "task": "t",
+                }
+                level = subset + 0.02 * rng.normal()
+                probes = (
+                    run | {"probe_seed": k, "value": float(np.exp(level + 0.01 * rng.normal()))} for k in range(2)
+                )
+                changes += list(probes)
+    (runs,) = families.group(table.read([log(tmp_path, *changes)]))
+    sd = {k: v[0] for k, v in runs.spread.items()}
+    assert sd == {
+        k: pytest.approx(v, rel=0.25) for k, v in (("probe", 0.01), ("initialisation", 0.02), ("subset", 0.05))
+    }
+    assert {k: v[1] for k, v in runs.spread.items()} == {"probe": 240, "initialisation": 160, "subset": 40}
