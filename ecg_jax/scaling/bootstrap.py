@@ -107,7 +107,17 @@ def draw(
     begin[:, zero] = np.maximum(begin[:, zero], bounds.low[zero] + 18.0)  # so that a draw may leave zero again
     criterion = fit.criterion()
     solved = minimise(
-        fit.law, z, target, weights, begin, bounds, criterion, max_iter=PATIENCE, stall=NO_GAIN, curved=fit.law.cheap
+        fit.law,
+        z,
+        target,
+        weights,
+        begin,
+        bounds,
+        criterion,
+        max_iter=PATIENCE,
+        stall=NO_GAIN,
+        curved=fit.law.cheap,
+        polish=1,
     )
     theta = solved.theta
     again = np.arange(0, replicates, max(1, round(1 / RECHECKED)))
@@ -133,7 +143,17 @@ def _look_again(fit: Fit, z, target, weights, theta, objective, again: np.ndarra
     w = weights[rows] if weights.ndim == 2 else weights
     begin = np.tile(begin, (len(again), 1))
     solved = minimise(
-        fit.law, z, t, w, begin, bounds, fit.criterion(), max_iter=PATIENCE, stall=NO_GAIN, curved=fit.law.cheap
+        fit.law,
+        z,
+        t,
+        w,
+        begin,
+        bounds,
+        fit.criterion(),
+        max_iter=PATIENCE,
+        stall=NO_GAIN,
+        curved=fit.law.cheap,
+        polish=1,
     )
     reached = solved.objective.reshape(len(again), starts)
     best = reached.argmin(axis=1)

@@ -80,9 +80,13 @@ class Law:
     def terms(self, theta_RxP: np.ndarray, z_nxV: np.ndarray) -> np.ndarray:
         """Value of every term, [R, T, n], floor first. `z` is ln x minus its centre."""
         t = self.n_terms
-        log_terms = np.repeat(theta_RxP[:, :t, None], len(z_nxV), axis=2)
-        log_terms[:, self.floor :] -= theta_RxP[:, t:, None] * z_nxV.T[None]
-        return np.exp(log_terms)
+        out = np.empty((len(theta_RxP), t, len(z_nxV)))
+        out[:, : self.floor] = np.exp(theta_RxP[:, : self.floor, None])
+        power = out[:, self.floor :]
+        np.multiply(-theta_RxP[:, t:, None], z_nxV.T[None], out=power)
+        power += theta_RxP[:, self.floor : t, None]
+        np.exp(power, out=power)
+        return out
 
     def predict(self, theta_RxP: np.ndarray, z_nxV: np.ndarray) -> np.ndarray:
         """Loss, [R, n]."""

@@ -28,9 +28,9 @@ CALM = 1e-9  # relative Newton decrement below which only polishing is left
 class Criterion:
     """sum_i w_i h(r_i / delta), h Huber's function with unit corner; delta = inf: sum_i w_i r_i^2 / 2.
 
-    r = ln L_pred - target where `logarithmic` (targets are ln L), else L_pred - target. student: h is Student's
-    log density with 4 degrees of freedom instead. tilt: share of the weight that residuals above the target
-    (r < 0) keep; 0.5 is symmetric, less draws the law towards the lower envelope.
+    r = ln L_pred - target where `logarithmic` (targets are ln L), else L_pred - target, and then delta is inf.
+    student: h is Student's log density with 4 degrees of freedom instead. tilt: share of the weight that
+    residuals above the target (r < 0) keep; 0.5 is symmetric, less draws the law towards the lower envelope.
     """
 
     logarithmic: bool
@@ -101,12 +101,13 @@ def minimise(
     max_iter: int = 200,
     stall: float = 1e-7,
     curved: bool = True,
+    polish: int = 2,
 ) -> Solved:
     """Minimise from every row of `begin`.
 
     target, weights: [n] shared by all replicates, or [R, n]. stall: relative gain over `STALL` steps below which
-    a replicate is left. curved: False leaves second derivatives of the law out. Returns arrays in the order
-    of `begin`.
+    a replicate is left. curved: False leaves second derivatives of the law out. polish: steps still taken once
+    all is quiet. Returns arrays in the order of `begin`.
     """
     parts = []
     size = max(16, min(law.batch, CACHE // len(z_nxV)))
@@ -114,11 +115,11 @@ def minimise(
         rows = slice(first, first + size)
         t = target if target.ndim == 1 else target[rows]
         w = weights if weights.ndim == 1 else weights[rows]
-        parts.append(_minimise(law, z_nxV, t, w, begin_RxP[rows], bounds, criterion, max_iter, stall, curved))
+        parts.append(_minimise(law, z_nxV, t, w, begin_RxP[rows], bounds, criterion, max_iter, stall, curved, polish))
     return Solved(*(np.concatenate([getattr(p, f) for p in parts]) for f in Solved.__dataclass_fields__))
 
 
-def _minimise(law, z, target, weights, begin, bounds, criterion, max_iter, stall, curved) -> Solved:
+def _minimise(law, z, target, weights, begin, bounds, criterion, max_iter, stall, curved, polish) -> Solved:
     count = len(begin)
     target = np.broadcast_to(target, (count, len(z)))
     weights = np.broadcast_to(weights, (count, len(z)))
@@ -157,14 +158,14 @@ def _minimise(law, z, target, weights, begin, bounds, criterion, max_iter, stall
             bent[active[quiet]] = True
         iterations[active] += 1
         calm[active] = np.where(quiet, calm[active] + 1, 0)
-        done = (calm[active] >= 2) | (damping[active] > 1e12) | (state.value[active] <= rounding[active])
+        done = (calm[active] >= polish) | (damping[active] > 1e12) | (state.value[active] <= rounding[active])
         if turn % STALL == 0:  # a valley so flat that nothing is to be had; the certificate shows its gradient
             done |= earlier[active] - state.value[active] <= stall * state.value[active]
             earlier[active] = state.value[active]
         active = active[~done]
         if not len(active):
             break
-    return _finish(state, bounds, calm, iterations, rounding)
+    return _finish(state, bounds, calm >= polish, iterations, rounding)
 
 
 def _damping(better: np.ndarray, gain: np.ndarray, late: bool) -> np.ndarray:
@@ -174,7 +175,7 @@ def _damping(better: np.ndarray, gain: np.ndarray, late: bool) -> np.ndarray:
     return np.where(better, np.where(gain > 0.2, 0.1, 2.0), 10.0)
 
 
-def _finish(state: _State, bounds: Bounds, calm, iterations, rounding) -> Solved:
+def _finish(state: _State, bounds: Bounds, arrived, iterations, rounding) -> Solved:
     held = _held(state, bounds)
     gradient = np.where(held, 0.0, state.gradient)
     cosine = np.abs(gradient) / np.maximum(state.scale * state.norm[:, None], 1e-300)
@@ -183,7 +184,7 @@ def _finish(state: _State, bounds: Bounds, calm, iterations, rounding) -> Solved
     unit = scaled / (diagonal[:, :, None] * diagonal[:, None, :])
     curvature = np.linalg.eigvalsh(unit)[:, 0]
     largest = cosine.max(axis=1)
-    converged = (calm >= 2) | (state.value <= rounding) | (largest < 1e-6)
+    converged = arrived | (state.value <= rounding) | (largest < 1e-6)
     return Solved(state.theta, state.value, largest, curvature, converged, iterations)
 
 
@@ -198,21 +199,23 @@ def _evaluate(law, z, target, weights, theta, criterion: Criterion, gauss: bool 
     metric = weights * metric
     pull = weights * slope / delta
     bend = weights * bend / delta**2
-    model = (jac * (metric / delta**2)[:, None]) @ jac.transpose(0, 2, 1) if gauss or not curved else None
-    if curved:
-        curvature_weight = pull
-        if criterion.logarithmic:  # d2 ln L = d2 L / L - (dL / L)(dL / L)^T
-            bend = bend - pull
-            curvature_weight = pull / pred
-        hessian = (jac * bend[:, None]) @ jac.transpose(0, 2, 1)
-        hessian += law.curvature(state, z, curvature_weight)
-        model = hessian if model is None else model
+    plain = not criterion.logarithmic  # squares of L: bend, metric and weights are one
+    model = (jac * (metric / delta**2)[:, None]) @ jac.transpose(0, 2, 1) if gauss or plain or not curved else None
+    if model is not None:
+        scale = np.sqrt(np.maximum(np.einsum("rii->ri", model), 0.0))
     else:
+        scale = np.sqrt(((jac * jac) * metric[:, None]).sum(axis=2)) / delta
+    if not curved:
         hessian = model
+    elif plain:
+        hessian = model + law.curvature(state, z, pull)
+    else:  # d2 ln L = d2 L / L - (dL / L)(dL / L)^T
+        hessian = (jac * (bend - pull)[:, None]) @ jac.transpose(0, 2, 1)
+        hessian += law.curvature(state, z, pull / pred)
+        model = hessian if model is None else model
     # Largest possible gradient for residuals of this size: the denominators of the cosine test.
     norm = np.sqrt((pull * residual * delta).sum(axis=1))
-    scale = np.sqrt(((jac * jac) * metric[:, None]).sum(axis=2)) / delta
-    gradient = (jac * pull[:, None]).sum(axis=2)
+    gradient = (jac @ pull[:, :, None])[:, :, 0]
     total = (weights * value).sum(axis=1)
     sound = np.isfinite(gradient).all(axis=1) & np.isfinite(hessian).all(axis=(1, 2)) & np.isfinite(total)
     if not sound.all():  # never stepped to
