@@ -168,4 +168,7 @@ def _tuning(table: Table) -> str:
         return (
             "the log states no trials and no learning rates: whether families were tuned alike cannot be seen from it"
         )
-    return f"different learning rates in the log: {len(rates)}, trial numbers: {len(trials)}; not corrected for"
+    return (
+        f"different learning rates in the log: {len(rates)}, trial numbers: {len(trials)}; of several trials of one "
+        "configuration the best on ID is fitted, so families with more trials are favoured"
+    )

@@ -146,15 +146,41 @@ def group(table: Table) -> list[RunSet]:
             row["metric"], row["probe"], row["label_fraction"],
         )  # fmt: skip
         buckets[key].append(row)
-    sets = [_run_set(key, rows) for key, rows in buckets.items()]
+    beaten = beaten_trials(table)
+    sets = [_run_set(key, rows, beaten) for key, rows in buckets.items()]
     return sorted(
         sets,
         key=lambda s: (s.key.domain != "id", s.key.measured, s.key.paradigm, s.key.input, s.key.architecture),
     )
 
 
-def _run_set(key: SetKey, rows: Sequence[Mapping[str, Any]]) -> RunSet:
+def beaten_trials(table: Table) -> set[str]:
+    """Runs that are tuning trials of a configuration (family, N, D, seed, subset) and not its best.
+
+    The best is the one with the lowest ID loss, on `val` where the log has that split; a configuration whose
+    trials have no ID loss keeps them all. OOD losses never choose.
+    """
+    found: dict[tuple, dict[str, tuple[int, float]]] = defaultdict(dict)
+    trials: dict[tuple, set] = defaultdict(set)
+    for r in table.rows:
+        if r["domain"] != "id" or r["trial"] is None:
+            continue
+        family = r["architecture"], r["paradigm"], r["input"], r["dataset"], r["metric"]
+        cell = *family, r["n_params"], r["n_records"], str(r["seed"]), str(r["subset_offset"])
+        score = (r["split"] != "val", r["value"])
+        found[cell][r["run"]] = min(score, found[cell].get(r["run"], score))
+        trials[cell].add(str(r["trial"]))
+    return {
+        run for cell, runs in found.items() if len(trials[cell]) > 1 for run in set(runs) - {min(runs, key=runs.get)}
+    }
+
+
+def _run_set(key: SetKey, rows: Sequence[Mapping[str, Any]], beaten: set[str] = frozenset()) -> RunSet:
     passed: Counter[str] = Counter()
+    lost = [r for r in rows if r["run"] in beaten]
+    if lost and len(lost) < len(rows):
+        passed["tuning trial that is not the best of its configuration"] += len(lost)
+        rows = [r for r in rows if r["run"] not in beaten]
     rows, split = _prefer(rows, "split", SPLITS, passed)
     rows, selection = _prefer(rows, "selection", SELECTIONS, passed)
     by_run: dict[tuple, list[Mapping[str, Any]]] = defaultdict(list)
