@@ -1,6 +1,7 @@
 """`fit`, `demo` and `doctor`: laws out of eval logs, the whole path at once, and the state of the machine."""
 
 import argparse
+import re
 from pathlib import Path
 
 from ecg_jax.commands.common import add, key_values, show
@@ -14,9 +15,15 @@ def fit(commands) -> None:
         "tables", nargs="+", type=Path, metavar="EVALS|RUNS", help="eval logs (JSONL, CSV), run folders"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--form", default="auto")
-    parser.add_argument("--loss", default="log-huber", help="log-huber, lad, ls, ls-log")
+    parser.add_argument(
+        "--form",
+        default="auto",
+        help="auto (the one that extrapolates best); of N and D: hoffmann, kaplan, kaplan0, coupled, data-constrained; "
+        "of one: power, power0, shifted, broken, m1 to m4",
+    )
+    parser.add_argument("--loss", default="log-huber", help="log-huber, lad, ls, ls-log, student-t, envelope")
     parser.add_argument("--delta", type=float, help="of log-huber (default: 1.345 robust standard deviations)")
+    parser.add_argument("--fix", default="", metavar="E=0.07,beta=alpha", help="parameters held at a number or tied")
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="N")
     parser.add_argument("--level", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
@@ -44,10 +51,17 @@ def _run_fit(args: argparse.Namespace) -> int:
         melt=[name for name in args.melt.split(",") if name],
         metric=args.metric,
         predict=args.predict,
+        fixed=_fixed(args.fix),
         title=args.title,
     )
     show(result, args.json, result_lines)
     return 0
+
+
+def _fixed(text: str) -> dict[str, float | str]:
+    """`E=0.07,beta=alpha` as {"E": 0.07, "beta": "alpha"}."""
+    pairs = key_values([pair for pair in text.split(",") if pair])
+    return {k: float(v) if re.fullmatch(r"[-+.\deE]*\d[-+.\deE]*", str(v)) else str(v) for k, v in pairs.items()}
 
 
 def demo(commands) -> None:

@@ -1,24 +1,28 @@
 """One set of runs, one law, everything that is to be said about it: fit, draws, intervals, conditions,
 sensitivity.
 
-It chooses the form by which of N and D vary, fits, bootstraps, refits without flagged runs and under other
+It chooses the form (`choice`), fits, bootstraps, refits without flagged runs and under other
 losses, and scores the largest runs held out. It does not compare families (`multipliers`) or write anything
 (`fit`). Invariant: `LawResult.fit` is None exactly where the design refuses the law; numbers of a law that
 is not identified are computed and flagged, so that a program can look at them and the report can withhold
 them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ecg_jax.errors import UsageError, did_you_mean
-from ecg_jax.scaling import bootstrap, identify, intervals, laws
+from ecg_jax.progress import track
+from ecg_jax.scaling import bootstrap, choice, forms, identify, intervals, laws, profile
 from ecg_jax.scaling.families import RunSet, SeedNoise
 from ecg_jax.scaling.intervals import Interval
-from ecg_jax.scaling.solve import LOSSES, LOSSES_LATER, Fit, fit_law
+from ecg_jax.scaling.restrict import Restricted
+from ecg_jax.scaling.solve import LOSSES, Fit, fit_law
 
-FORMS = ("auto", "hoffmann", "power", "power0")
+FORMS = ("auto", *choice.TWO, "kaplan0", *choice.ONE, "m1", "m2", "data-constrained")
+PROFILED = ("E", "alpha", "beta", "RD", "RN")
 LEAST_FOR_FLOOR = 4  # distinct sizes before a one-variable law may have its own floor
 
 
@@ -32,16 +36,15 @@ class Options:
     bootstrap: int = 1000
     level: float = 0.95
     seed: int = 0
+    fixed: tuple[tuple[str, float | str], ...] = ()  # parameters held or tied by name
 
     def checked(self) -> "Options":
         """Itself, or UsageError naming the option that is wrong."""
-        for name, known, later in (("form", FORMS, laws.LATER), ("loss", LOSSES, LOSSES_LATER)):
+        for name, known in (("form", FORMS), ("loss", LOSSES)):
             value = getattr(self, name)
-            if value in later:
-                raise UsageError(f"--{name} {value} is not there yet; now: {', '.join(known)}")
             if value not in known:
                 raise UsageError(f"--{name} {value!r} is none of {', '.join(known)}{did_you_mean(value, known)}")
-        if self.delta is not None and not (self.loss == "log-huber" and 0 < self.delta < np.inf):
+        if self.delta is not None and not (self.loss in ("log-huber", "envelope") and 0 < self.delta < np.inf):
             raise UsageError("--delta must be positive and goes with --loss log-huber only")
         if not (self.bootstrap == 0 or 50 <= self.bootstrap <= 1_000_000):
             raise UsageError(f"--bootstrap {self.bootstrap}: 0 for no intervals, else 50 draws or more")
@@ -72,7 +75,7 @@ class HeldOut:
 @dataclass(frozen=True)
 class LawResult:
     runs: RunSet
-    law: laws.Law | None
+    law: laws.Law | forms.Formula | Restricted | None
     fit: Fit | None
     draws: bootstrap.Draws | None
     intervals: dict[str, Interval]
@@ -80,6 +83,8 @@ class LawResult:
     noise: SeedNoise | None
     held_out: HeldOut | None
     variants: tuple[Variant, ...]
+    chosen: choice.Choice | None = None
+    weak: tuple[str, ...] = ()  # parameters that the runs bound on one side only, in words
 
     @property
     def identified(self) -> bool:
@@ -87,7 +92,7 @@ class LawResult:
 
     @property
     def log_x(self) -> np.ndarray:
-        return laws.design(self.law, self.runs.n_params, self.runs.n_records)
+        return self.runs.log_x(self.law.variables)
 
     @property
     def df(self) -> int:
@@ -95,23 +100,53 @@ class LawResult:
         return max(int(self.runs.cells.max()) + 1 - self.law.size, 1)
 
 
-def choose_law(runs: RunSet, form: str) -> tuple[laws.Law | None, str]:
+def varying(runs: RunSet) -> tuple[str, ...]:
+    """Which of N and D take more than one value."""
+    return tuple(v for v, values in (("N", runs.sizes), ("D", runs.data)) if len(values) > 1)
+
+
+def choose_forms(sets: Sequence[RunSet], options: Options) -> list[choice.Choice | None]:
+    """The form of every set by rolling-origin extrapolation, where `auto` asks for it.
+
+    Families measured alike share one form, chosen by their pooled errors, or they could not be compared. None
+    where a form was asked for, where nothing varies, or where there are too few runs to hold any out.
+    """
+    found: list[choice.Choice | None] = [None] * len(sets)
+    groups: dict[tuple, list[int]] = {}
+    for i, runs in enumerate(sets):
+        if options.form == "auto" and varying(runs):
+            alike = (*runs.key.measured, runs.key.paradigm, runs.key.input) if len(varying(runs)) == 2 else (i,)
+            groups.setdefault((*alike, varying(runs)), []).append(i)
+    for (*_, variables), members in track(groups.items(), "forms"):
+        chosen = choice.choose([sets[i] for i in members], variables, loss=options.loss, delta=options.delta)
+        for i in members:
+            found[i] = chosen
+    return found
+
+
+def choose_law(runs: RunSet, form: str, chosen: choice.Choice | None = None) -> tuple[object | None, str]:
     """The law for a set, and where there is none why."""
-    variables = tuple(v for v, values in (("N", runs.sizes), ("D", runs.data)) if len(values) > 1)
+    variables = varying(runs)
     if not variables:
         return None, "one configuration only: neither N nor D varies"
+    if form == "data-constrained":
+        if not np.isfinite(runs.examples).all():
+            return None, "form data-constrained needs examples_seen (records read, repeats counted) of every run"
+        return forms.get(form, ("N", "D", "U")), ""
     if form == "auto":
         distinct = len(runs.sizes if variables == ("N",) else runs.data)
-        form = "hoffmann" if len(variables) == 2 else ("power" if distinct >= LEAST_FOR_FLOOR else "power0")
+        plain = "hoffmann" if len(variables) == 2 else ("power" if distinct >= LEAST_FOR_FLOOR else "power0")
+        form = chosen.form if chosen else plain
     try:
-        return laws.get(form, variables), ""
+        return forms.get(form, variables), ""
     except ValueError:
         return None, f"form {form} asked for, but {' and '.join(variables)} vary"
 
 
-def analyse(runs: RunSet, options: Options, noise: SeedNoise | None) -> LawResult:
-    """Everything about one set. Deterministic by `options.seed`."""
-    law, why = choose_law(runs, options.form)
+def analyse(runs: RunSet, options: Options, noise: SeedNoise | None, chosen: choice.Choice | None = None) -> LawResult:
+    """Everything about one set. Deterministic by `options.seed`. Raises UsageError for a parameter that cannot
+    be fixed as asked."""
+    law, why = choose_law(runs, options.form, chosen)
     if law is None:
         refused = identify.Identification((identify.Condition("form", False, why),))
         return LawResult(runs, None, None, None, {}, refused, noise, None, ())
@@ -124,7 +159,7 @@ def analyse(runs: RunSet, options: Options, noise: SeedNoise | None) -> LawResul
     if options.bootstrap:
         drawn = bootstrap.draw(
             fitted,
-            laws.design(law, runs.n_params, runs.n_records),
+            runs.log_x(law.variables),
             runs.loss,
             bootstrap.cell_keys(runs.n_params, runs.n_records),
             draws=options.bootstrap,
@@ -132,29 +167,62 @@ def analyse(runs: RunSet, options: Options, noise: SeedNoise | None) -> LawResul
             kind=bootstrap.choose_kind(runs.n_params, runs.n_records),
         )
         ends = intervals.parameter_intervals(fitted, drawn, level=options.level)
+    known = identify.Identification(tuple(conditions))
+    weak: tuple[str, ...] = ()
+    if known.identified and options.bootstrap:
+        ends, weak = _profiled(runs, fitted, ends, options)
     return LawResult(
-        runs, law, fitted, drawn, ends, identify.Identification(tuple(conditions)), noise,
-        _held_out(runs, law, options, noise), tuple(_variants(runs, law, options, noise)),
+        runs, fitted.law, fitted, drawn, ends, known, noise,
+        _held_out(runs, law, options, noise), tuple(_variants(runs, law, options, noise)), chosen, weak,
     )  # fmt: skip
 
 
-def _fit(runs: RunSet, law: laws.Law, options: Options, noise: SeedNoise | None, loss: str | None = None) -> Fit:
+def _profiled(runs: RunSet, fit: Fit, ends: dict[str, Interval], options: Options):
+    """The floor's interval widened to its profile's, where that is wider, and what is bounded on one side only.
+
+    A floor far below the runs is an extrapolation: draws around one optimum know less of it than the profile.
+    """
+    weak = []
+    ends = dict(ends)
+    for name in PROFILED:
+        if name in fit.law.names:
+            got = profile.profile(fit, runs.log_x(fit.law.variables), runs.loss, name, level=options.level)
+            if got is not None and got.words:
+                weak.append(got.words)
+            if got is not None and name == "E":
+                low = min(got.low or 0.0, ends["E"].low or 0.0)
+                high = None if got.high is None or ends["E"].high is None else max(got.high, ends["E"].high)
+                ends["E"] = replace(ends["E"], low=low, high=high)
+    flat = [v for v in ("alpha", "beta") if v in ends and not ends[v].low]
+    if "E" in ends and flat:  # a slope that may be nil leaves any floor below the runs open
+        ends["E"] = replace(ends["E"], low=0.0)
+        weak.append(f"E is bounded above only, as {' and '.join(flat)} may be 0")
+    return ends, tuple(weak)
+
+
+def _fit(runs: RunSet, law, options: Options, noise: SeedNoise | None, loss: str | None = None) -> Fit:
     loss = loss or options.loss
-    return fit_law(
-        law,
-        laws.design(law, runs.n_params, runs.n_records),
-        runs.loss,
-        loss=loss,
-        delta=options.delta if loss == options.loss else None,
-        noise=noise.log if noise else None,
-    )
+    try:
+        return fit_law(
+            law,
+            runs.log_x(law.variables),
+            runs.loss,
+            loss=loss,
+            delta=options.delta if loss == options.loss else None,
+            noise=noise.log if noise else None,
+            fixed=dict(options.fixed),
+        )
+    except ValueError as err:
+        if options.fixed:
+            raise UsageError(f"--fix: {err}") from None
+        raise
 
 
-def _fittable(runs: RunSet, law: laws.Law) -> bool:
+def _fittable(runs: RunSet, law) -> bool:
     return runs.n > 0 and all(c.ok is not False for c in identify.design_conditions(runs, law))
 
 
-def _variants(runs: RunSet, law: laws.Law, options: Options, noise: SeedNoise | None):
+def _variants(runs: RunSet, law, options: Options, noise: SeedNoise | None):
     """Without flagged runs, where there are any; and under the other losses."""
     if not runs.converged.all():
         rest = runs.only(runs.converged)
@@ -166,7 +234,7 @@ def _variants(runs: RunSet, law: laws.Law, options: Options, noise: SeedNoise | 
             yield Variant(f"loss {loss}", runs.n, _fit(runs, law, options, noise, loss).parameters)
 
 
-def _held_out(runs: RunSet, law: laws.Law, options: Options, noise: SeedNoise | None) -> HeldOut | None:
+def _held_out(runs: RunSet, law, options: Options, noise: SeedNoise | None) -> HeldOut | None:
     """Leave out the largest size of each variable (or only the corner of both, in small designs) and
     predict it."""
     top_n, top_d = runs.n_params == runs.sizes[-1], runs.n_records == runs.data[-1]
@@ -186,6 +254,6 @@ def _held_out(runs: RunSet, law: laws.Law, options: Options, noise: SeedNoise | 
         if _fittable(runs.only(~out), law):
             fitted = _fit(runs.only(~out), law, options, noise)
             rest = runs.only(out)
-            error = np.log(fitted.predict(laws.design(law, rest.n_params, rest.n_records)) / rest.loss)
+            error = np.log(fitted.predict(rest.log_x(law.variables)) / rest.loss)
             return HeldOut(float(np.sqrt(np.mean(error**2))), rest.n, rule)
     return None

@@ -11,6 +11,7 @@ from html import escape
 
 from ecg_jax.scaling import bootstrap, identify, numbers, page, starts
 from ecg_jax.scaling.analysis import LawResult, Options
+from ecg_jax.scaling.methods import LOSSES
 from ecg_jax.scaling.table import DEFAULTS, Table
 
 
@@ -38,7 +39,10 @@ def _items(table: Table, results: Sequence[LawResult], options: Options, version
     if mixed:
         yield "Mixed families", f"Runs of one family differ in {escape(', '.join(sorted(mixed)))}."
     forms = Counter(r.law.formula for r in fitted)
-    how = "by which of N and D vary" if options.form == "auto" else f"asked for: {options.form}"
+    how = f"asked for: {options.form}"
+    if options.form == "auto":
+        chosen = sum(r.chosen is not None for r in fitted)
+        how = f"{chosen} by rolling-origin extrapolation, {len(fitted) - chosen} by the design (too few sizes)"
     yield (
         "Form",
         escape("; ".join(f"L = {f} ({k} fits)" for f, k in forms.items()) or "none was fitted") + f"; {how}",
@@ -100,11 +104,7 @@ def _rows(table: Table, results: Sequence[LawResult]) -> str:
 
 
 def _loss(fitted: Sequence[LawResult], options: Options) -> str:
-    words = {
-        "log-huber": "Huber's loss of ln L", "lad": "absolute deviations of ln L", "ls": "squares of "
-            "L", "ls-log": "squares of ln L",
-    }  # fmt: skip
-    text = f"{words[options.loss]} ({options.loss})"
+    text = f"{LOSSES[options.loss]} ({options.loss})"
     deltas = sorted(r.fit.delta for r in fitted if r.fit.delta is not None)
     if deltas and options.delta is not None:
         text += f", delta {options.delta:g} as asked"
@@ -157,7 +157,7 @@ def _intervals(fitted: Sequence[LawResult], options: Options) -> str:
     return (
         f"{100 * options.level:g} %; {options.bootstrap:,} draws, seed {options.seed}, common to all "
         f"fits; {text}; "
-        f"{rechecked} draws solved again from many starts, {improved} improved"
+        f"{rechecked} draws solved again from other starts, {improved} improved"
     )
 
 
@@ -168,4 +168,7 @@ def _tuning(table: Table) -> str:
         return (
             "the log states no trials and no learning rates: whether families were tuned alike cannot be seen from it"
         )
-    return f"different learning rates in the log: {len(rates)}, trial numbers: {len(trials)}; not corrected for"
+    return (
+        f"different learning rates in the log: {len(rates)}, trial numbers: {len(trials)}; of several trials of one "
+        "configuration the best on ID is fitted, so families with more trials are favoured"
+    )

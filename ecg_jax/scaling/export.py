@@ -11,16 +11,18 @@ import csv
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ecg_jax.errors import DataError
-from ecg_jax.scaling import identify, intervals
+from ecg_jax.scaling import allocation, identify, intervals
 from ecg_jax.scaling.analysis import LawResult, Options
+from ecg_jax.scaling.claims import seeds_to_tell
 from ecg_jax.scaling.multipliers import Multiplier
+from ecg_jax.scaling.restrict import whole
 from ecg_jax.scaling.table import plain_number, raw_records
 
 NAMES = ("E", "A", "B", "alpha", "beta")
@@ -47,6 +49,8 @@ def law_json(result: LawResult, options: Options) -> dict[str, Any]:
         "loss": options.loss,
         "delta": fit.delta if fit else options.delta,
         "n": runs.n,
+        "fixed": dict(options.fixed),
+        "choice": _choice_json(result),
         "configurations": int(runs.cells.max()) + 1,
         "objective": fit.objective if fit else None,
         "parameters": fit.parameters if fit else dict.fromkeys(names),
@@ -56,21 +60,34 @@ def law_json(result: LawResult, options: Options) -> dict[str, Any]:
         "interval_method": intervals.method_of(result.draws) if result.draws else None,
         "bootstrap": _bootstrap_json(result, options),
         "reference": _reference(result),
+        "allocation": allocation_of(result, options.level),
         "certificate": asdict(fit.certificate) if fit else None,
         "identified": result.identified,
         "identification": [asdict(c) for c in result.identification.conditions],
+        "weakly_identified": list(result.weak),
         "known_floor": known,
         "known_floor_covered": (
             result.intervals["E"].covers(known) if known is not None and "E" in result.intervals else None
         ),
         "residual_sd": identify.residual_sd(fit) if fit else None,
         "seed_noise": asdict(result.noise) if result.noise else None,
+        "spread_of_ln_loss": {k: {"sd": sd, "df": df} for k, (sd, df) in runs.spread.items()},
         "held_out": asdict(result.held_out) if result.held_out else None,
         "sensitivity": [asdict(v) for v in result.variants],
         "flagged": [f"{r}: {s}" for r, s in zip(runs.runs, runs.status, strict=True) if s != "done"],
         "passed_over": runs.passed_over,
     }
     return clean(out)
+
+
+def _choice_json(result: LawResult) -> dict[str, Any] | None:
+    """Rolling-origin errors (root mean square of ln L) of every form that was tried."""
+    c = result.chosen
+    if c is None:
+        return None
+    return {"form": c.form, "one_standard_error": c.tolerance, "held_out": list(c.origins),
+            "rolling_errors": {s.form: s.errors for s in c.scores},
+            "residual_sd": {s.form: s.residual for s in c.scores}}  # fmt: skip
 
 
 def _bootstrap_json(result: LawResult, options: Options) -> dict[str, Any] | None:
@@ -86,17 +103,44 @@ def _reference(result: LawResult) -> dict[str, float] | None:
     there."""
     if result.fit is None:
         return None
-    law, fit = result.law, result.fit
+    fit = result.fit
+    law, theta = whole(fit.law, fit.theta)
+    amplitudes = amplitudes_of(law)
     out = {}
     for i, v in enumerate(law.variables):
         out[v] = float(np.exp(fit.centre[i]))
-        out[f"excess at {v}"] = float(np.exp(fit.theta[law.floor + i]))
+        if amplitudes:
+            out[f"excess at {v}"] = float(np.exp(theta[amplitudes[i]]))
     return out
+
+
+def allocation_of(result: LawResult, level: float) -> dict[str, Any] | None:
+    """Compute-optimal exponents of N and D in the budget N D, and both at the largest budget that was run."""
+    if result.fit is None or result.law.name != "hoffmann" or not min(result.fit.raw) > 0:
+        return None
+    budget = float((result.runs.n_params * result.runs.n_records).max())
+    best = allocation.optimum(result.fit.parameters, np.array([budget]))
+    out = {"a": best.a, "b": best.b, "budget": budget, "n_params": best.n_params[0], "n_records": best.n_records[0]}
+    if result.draws is not None:
+        alpha, beta = result.draws.raw[:, 3], result.draws.raw[:, 4]
+        kind = intervals.method_of(result.draws)
+        found = intervals.interval(best.a, beta / (alpha + beta), level=level, method=kind, df=result.df)
+        out["a_interval"] = [found.low and max(found.low, 0.0), found.high and min(found.high, 1.0)]
+    return out
+
+
+def amplitudes_of(law) -> list[int]:
+    """Indices of the excess that each variable leaves at the design's centre; empty where a law has no such
+    pair."""
+    found = [i for i, kind in enumerate(law.kinds) if kind == "amplitude"]
+    return found if len(found) == len(law.variables) else []
 
 
 def multiplier_json(multiplier: Multiplier) -> dict[str, Any]:
     """One entry of `multipliers.json`."""
-    return clean(asdict(multiplier) | {"interval": list(multiplier.interval)})
+    fields = asdict(replace(multiplier, draws=None)) | {"interval": list(multiplier.interval)}
+    del fields["draws"]
+    return clean(fields | {"runs_to_tell_1.3": seeds_to_tell(multiplier)})
 
 
 def predictions(path: Path, results: Sequence[LawResult], columns: Mapping[str, str], options: Options) -> str:

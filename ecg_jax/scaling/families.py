@@ -12,7 +12,7 @@ It does not fit. Invariant: one row per run and set; what was passed over is cou
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 from ecg_jax.scaling.table import Table
 
 SELECTIONS = ("best-val", "best", "final", "last")  # first one present wins
+ARRAYS = ("n_params", "n_records", "loss", "converged", "floor", "prior", "examples")
 SPLITS = ("test", "val", "validation", "train")
 
 
@@ -66,6 +67,8 @@ class RunSet:
     selection: str
     passed_over: dict[str, int]
     mixed: tuple[str, ...]  # columns that should be one per family and are not
+    examples: np.ndarray  # records read in training, repeats counted; NaN where not stated
+    spread: dict[str, tuple[float, int]] = field(default_factory=dict)  # see `spread`
 
     @property
     def n(self) -> int:
@@ -85,10 +88,17 @@ class RunSet:
     def data(self) -> np.ndarray:
         return np.unique(self.n_records)
 
+    def log_x(self, variables: Sequence[str]) -> np.ndarray:
+        """ln of the variables of a law, [n, V]; with U in it D is what was read and U the distinct records."""
+        columns = {"N": self.n_params, "D": self.n_records}
+        if "U" in variables:
+            columns = {"N": self.n_params, "D": self.examples, "U": self.n_records}
+        return np.log(np.stack([columns[v] for v in variables], axis=1))
+
     def only(self, rows: np.ndarray) -> "RunSet":
         """The same set with a boolean or integer selection of rows."""
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
-        arrays = {f: getattr(self, f)[rows] for f in ("n_params", "n_records", "loss", "converged", "floor", "prior")}
+        arrays = {f: getattr(self, f)[rows] for f in ARRAYS}
         words = {f: tuple(getattr(self, f)[i] for i in rows) for f in ("runs", "status", "folders")}
         return replace(self, **arrays, **words)
 
@@ -136,21 +146,47 @@ def group(table: Table) -> list[RunSet]:
             row["metric"], row["probe"], row["label_fraction"],
         )  # fmt: skip
         buckets[key].append(row)
-    sets = [_run_set(key, rows) for key, rows in buckets.items()]
+    beaten = beaten_trials(table)
+    sets = [_run_set(key, rows, beaten) for key, rows in buckets.items()]
     return sorted(
         sets,
         key=lambda s: (s.key.domain != "id", s.key.measured, s.key.paradigm, s.key.input, s.key.architecture),
     )
 
 
-def _run_set(key: SetKey, rows: Sequence[Mapping[str, Any]]) -> RunSet:
+def beaten_trials(table: Table) -> set[str]:
+    """Runs that are tuning trials of a configuration (family, N, D, seed, subset) and not its best.
+
+    The best is the one with the lowest ID loss, on `val` where the log has that split; a configuration whose
+    trials have no ID loss keeps them all. OOD losses never choose.
+    """
+    found: dict[tuple, dict[str, tuple[int, float]]] = defaultdict(dict)
+    trials: dict[tuple, set] = defaultdict(set)
+    for r in table.rows:
+        if r["domain"] != "id" or r["trial"] is None:
+            continue
+        family = r["architecture"], r["paradigm"], r["input"], r["dataset"], r["metric"]
+        cell = *family, r["n_params"], r["n_records"], str(r["seed"]), str(r["subset_offset"])
+        score = (r["split"] != "val", r["value"])
+        found[cell][r["run"]] = min(score, found[cell].get(r["run"], score))
+        trials[cell].add(str(r["trial"]))
+    return {
+        run for cell, runs in found.items() if len(trials[cell]) > 1 for run in set(runs) - {min(runs, key=runs.get)}
+    }
+
+
+def _run_set(key: SetKey, rows: Sequence[Mapping[str, Any]], beaten: set[str] = frozenset()) -> RunSet:
     passed: Counter[str] = Counter()
+    lost = [r for r in rows if r["run"] in beaten]
+    if lost and len(lost) < len(rows):
+        passed["tuning trial that is not the best of its configuration"] += len(lost)
+        rows = [r for r in rows if r["run"] not in beaten]
     rows, split = _prefer(rows, "split", SPLITS, passed)
     rows, selection = _prefer(rows, "selection", SELECTIONS, passed)
     by_run: dict[tuple, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         by_run[row["run"], row["n_params"], row["n_records"], str(row["seed"])].append(row)
-    kept = []
+    kept, repeats = [], []
     for _, mine in sorted(by_run.items(), key=lambda item: (item[0][1:3], item[0][0], item[0][3])):
         last = max(r["step"] for r in mine)
         now = [r for r in mine if r["step"] == last]
@@ -158,6 +194,7 @@ def _run_set(key: SetKey, rows: Sequence[Mapping[str, Any]]) -> RunSet:
             passed["earlier step of the same run"] += len(mine) - len(now)
         if len(now) > 1:
             passed["probe seed averaged into its run"] += len(now) - 1
+        repeats.append([r["value"] for r in now])
         kept.append(dict(now[0]) | {"value": float(np.mean([r["value"] for r in now]))})
     mixed = tuple(c for c in ("objective", "codebook", "pool") if len({str(r[c]) for r in kept}) > 1)
 
@@ -179,7 +216,42 @@ def _run_set(key: SetKey, rows: Sequence[Mapping[str, Any]]) -> RunSet:
         selection=selection,
         passed_over=dict(passed),
         mixed=mixed,
+        examples=np.array([_positive(r["examples_seen"]) for r in kept]),
+        spread=spread(kept, repeats),
     )
+
+
+def spread(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Sequence[float]]) -> dict[str, tuple[float, int]]:
+    """Standard deviation of ln L and its degrees of freedom, by where the spread comes from, where the log tells.
+
+    probe: probe seeds of one run; initialisation: seeds of one (N, D, subset offset); subset: offsets of one
+    (N, D), what initialisation explains taken out. `repeats`: each run's losses over probe seeds.
+    """
+    found = {}
+    values: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for r in runs:
+        values[r["n_params"], r["n_records"]][str(r["subset_offset"])].append(float(np.log(r["value"])))
+    groups = {
+        "probe": [np.log(losses) for losses in repeats],
+        "initialisation": [np.array(v) for cell in values.values() for v in cell.values()],
+        "subset": [np.array([np.mean(v) for v in cell.values()]) for cell in values.values()],
+    }
+    for name, parts in groups.items():
+        df = sum(len(part) - 1 for part in parts)
+        if df > 0:
+            found[name] = (float(np.sqrt(sum(((part - part.mean()) ** 2).sum() for part in parts) / df)), df)
+    if "subset" in found and "initialisation" in found:
+        draws = np.mean([len(v) for cell in values.values() if len(cell) > 1 for v in cell.values()])
+        rest = found["subset"][0] ** 2 - found["initialisation"][0] ** 2 / draws
+        found["subset"] = (float(np.sqrt(max(rest, 0.0))), found["subset"][1])
+    return found
+
+
+def _positive(value: Any) -> float:
+    try:
+        return float(value) if float(value) > 0 else np.nan
+    except (TypeError, ValueError):
+        return np.nan
 
 
 def _prefer(rows, column: str, order: Sequence[str], passed: Counter) -> tuple[list[Mapping[str, Any]], str]:

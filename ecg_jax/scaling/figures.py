@@ -7,17 +7,16 @@ Matplotlib is imported when something is drawn. Nothing is computed here but the
 from the draws). Invariant: the same results give the same bytes (no dates, fixed ids).
 """
 
-import io
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from ecg_jax.progress import track
-from ecg_jax.scaling import intervals, numbers
+from ecg_jax.scaling import forest, intervals, numbers
 from ecg_jax.scaling.analysis import LawResult
-from ecg_jax.scaling.axes import RAMPS, dress, new_figure, ramp, style
+from ecg_jax.scaling.axes import GREY, RAMPS, dress, new_figure, ramp, style
+from ecg_jax.scaling.drawing import Drawing, side_by_side, svg, unique
+from ecg_jax.scaling.multipliers import Multiplier
 from ecg_jax.scaling.trajectories import Trajectory
 
 LINES = 6  # at most so many levels of the other variable are drawn as curves
@@ -26,41 +25,19 @@ FAMILY = ("#1f5a8a", "#b3541e", "#3f7d4f", "#7a4b8c", "#8a6d1f", "#555555")
 MARKS = ("o", "s", "^", "D", "v", "P")
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """`kind`: law, transfer or trajectory. `panels`: SVG elements. `file`: one SVG with all panels.
-    `result`: the law's."""
-
-    name: str
-    kind: str
-    caption: str
-    panels: tuple[str, ...]
-    file: str
-    result: LawResult | None = None
-
-
-def draw_all(results: Sequence[LawResult], runs: Sequence[Trajectory], *, level: float) -> list[Drawing]:
+def draw_all(
+    results: Sequence[LawResult], runs: Sequence[Trajectory], compared: Sequence[Multiplier] = (), *, level: float
+) -> list[Drawing]:
     """All figures of a fit. Sets without an identified law are drawn as points without curves."""
     names: set[str] = set()
     out = []
     with style():
         for result in track(results, "figures"):
-            out.append(_law(result, _name("law", result, names), level))
+            out.append(_law(result, unique("law", result, names), level))
+        out += forest.draw(compared, names, level)
         out += _transfers(results, names)
         out += _trajectories(runs, names)
     return out
-
-
-def _name(kind: str, what: LawResult | tuple[str, ...], taken: set[str]) -> str:
-    """A file name that says what it shows, and is unique."""
-    key = what.runs.key if isinstance(what, LawResult) else None
-    parts = (*key.family, key.dataset, key.task, key.domain) if key else what
-    base = re.sub(r"[^a-z0-9]+", "-", "-".join([kind, *map(str, parts)]).lower()).strip("-")
-    name, k = base, 2
-    while name in taken:
-        name, k = f"{base}-{k}", k + 1
-    taken.add(name)
-    return name
 
 
 # ------------------------------------------------------------------------------------------ a law
@@ -82,7 +59,11 @@ def _law(result: LawResult, name: str, level: float) -> Drawing:
             axes[0].set_xlabel("")
             axes[1].legend().remove()
         axes[0].set_ylabel("loss (nats)")
-        panels.append(_svg(figure, f"{name}-{v}"))
+        panels.append(svg(figure, f"{name}-{v}"))
+    if result.identified:
+        figure, (ax,) = new_figure(rows=1)
+        _residual_panel(ax, result)
+        panels.append(svg(figure, f"{name}-residuals"))
     curves = "no curves, as no law is identified"
     if result.identified:
         curves = (
@@ -93,7 +74,33 @@ def _law(result: LawResult, name: str, level: float) -> Drawing:
     caption = f"Points are runs; {curves}. Open points did not converge." if not runs.converged.all() else (
         f"Points are runs; {curves}."
     )  # fmt: skip
-    return Drawing(name, "law", caption, tuple(panels), _side_by_side(panels), result)
+    return Drawing(name, "law", caption, tuple(panels), side_by_side(panels), result)
+
+
+def _residual_panel(ax, result: LawResult) -> None:
+    """ln L - ln L_fitted of every run over the fitted loss, one colour per size."""
+    runs = result.runs
+    fitted = result.fit.predict(result.log_x)
+    miss = 100.0 * np.log(runs.loss / fitted)
+    sizes = runs.sizes
+    colours = dict(zip(sizes.tolist(), ramp(RAMPS["N"], len(sizes)), strict=True))
+    from matplotlib.ticker import AutoLocator, ScalarFormatter
+
+    dress(ax, fitted, np.array([1.0, 2.0]), "fitted loss (nats)", loss_on_x=True)
+    reach = max(1.15 * float(np.abs(miss).max()), 1e-6)
+    ax.set_yscale("linear")
+    ax.yaxis.set_major_locator(AutoLocator())
+    ax.yaxis.set_major_formatter(ScalarFormatter())
+    ax.set_ylim(-reach, reach)
+    ax.axhline(0.0, color=GREY, lw=0.8)
+    for n in sizes:
+        for ok in (True, False):
+            rows = (runs.n_params == n) & (runs.converged == ok)
+            colour = colours[float(n)]
+            ax.plot(fitted[rows], miss[rows], "o", ms=4, mfc=colour if ok else "white", mec=colour, zorder=3)
+    ax.set_ylabel("residual (% of the loss)")
+    if len(sizes) > 1:
+        ax.set_title(f"darker: larger N, {numbers.count(sizes[0])} to {numbers.count(sizes[-1])}", loc="left", pad=8)
 
 
 def _values(runs, v: str) -> np.ndarray:
@@ -166,7 +173,7 @@ def _transfers(results: Sequence[LawResult], names: set[str]) -> list[Drawing]:
     out = []
     for (paradigm, given), tasks in figures.items():
         panels = []
-        name = _name("transfer", (paradigm, given), names)
+        name = unique("transfer", (paradigm, given), names)
         for i, families in enumerate(tasks.values()):
             figure, (ax,) = new_figure(rows=1)
             for j, (key, x, y) in enumerate(families):
@@ -188,9 +195,9 @@ def _transfers(results: Sequence[LawResult], names: set[str]) -> list[Drawing]:
             key = families[0][0]
             ax.set_title(f"{key.dataset} {key.task}, {key.domain.replace('_', ' ')}", loc="left", pad=20)
             ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0), handlelength=0.8, borderaxespad=0.2)
-            panels.append(_svg(figure, f"{name}-{i}"))
+            panels.append(svg(figure, f"{name}-{i}"))
         caption = f"OOD loss against ID loss of the same run, paradigm {paradigm}, input {given}. Every point is a run."
-        out.append(Drawing(name, "transfer", caption, tuple(panels), _side_by_side(panels)))
+        out.append(Drawing(name, "transfer", caption, tuple(panels), side_by_side(panels)))
     return out
 
 
@@ -204,7 +211,7 @@ def _trajectories(runs: Sequence[Trajectory], names: set[str]) -> list[Drawing]:
         mine = [t for t in runs if t.family == family]
         sizes = sorted({t.n_params for t in mine})
         panels = []
-        name = _name("trajectory", family, names)
+        name = unique("trajectory", family, names)
         data = sorted({t.n_records for t in mine})
         colours = dict(zip(data, ramp(RAMPS["D"], len(data)), strict=True))
         if len(sizes) > LINES:
@@ -228,9 +235,9 @@ def _trajectories(runs: Sequence[Trajectory], names: set[str]) -> list[Drawing]:
             ax.set_ylabel("loss (nats)")
             ax.set_title(f"N {numbers.count(size)}", loc="left", pad=20)
             ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0), handlelength=1.2, borderaxespad=0.2)
-            panels.append(_svg(figure, f"{name}-{size:.0f}"))
+            panels.append(svg(figure, f"{name}-{size:.0f}"))
         caption = f"{' / '.join(family)}: validation loss (thick) and training loss (thin) of every run against step."
-        out.append(Drawing(name, "trajectory", caption, tuple(panels), _side_by_side(panels)))
+        out.append(Drawing(name, "trajectory", caption, tuple(panels), side_by_side(panels)))
     return out
 
 
@@ -240,41 +247,3 @@ def _unbroken(curve: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndar
     x, y = np.array(curve).T
     back = np.flatnonzero(np.diff(x) < 0) + 1
     return np.insert(x, back, np.nan), np.insert(y, back, np.nan)
-
-
-# -------------------------------------------------------------------------------------------- SVG
-
-
-def _svg(figure, salt: str) -> str:
-    """The figure as one <svg> element whose ids are unique in the report."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": salt}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].strip()
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
-    # Matplotlib numbers its groups from 1 in every figure; in one page they would collide.
-    mark = re.sub(r"[^a-z0-9]+", "-", salt.lower())
-    text = re.sub(r'\bid="', f'id="{mark}-', text)
-    text = re.sub(r'href="#', f'href="#{mark}-', text)
-    return re.sub(r"url\(#", f"url(#{mark}-", text)
-
-
-def _side_by_side(panels: Sequence[str]) -> str:
-    """One SVG file that holds the panels in a row."""
-    sizes = [tuple(map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', p).groups())) for p in panels]
-    width, height = sum(w for w, _ in sizes), max(h for _, h in sizes)
-    out, left = [], 0.0
-    for panel, (w, h) in zip(panels, sizes, strict=True):
-        placed = re.sub(r'width="[\d.]+pt"', f'width="{w:g}"', panel, count=1)
-        placed = re.sub(r'height="[\d.]+pt"', f'height="{h:g}"', placed, count=1)
-        out.append(placed.replace("<svg ", f'<svg x="{left:g}" y="0" ', 1))
-        left += w
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'width="{width:g}pt" height="{height:g}pt" viewBox="0 0 {width:g} {height:g}">'
-        f'<rect width="{width:g}" height="{height:g}" fill="white"/>'
-    )
-    return head + "\n".join(out) + "</svg>\n"

@@ -17,8 +17,8 @@ from typing import Any
 from ecg_jax import __version__
 from ecg_jax.errors import DataError, MachineError, UsageError
 from ecg_jax.progress import track
-from ecg_jax.scaling import export, families, multipliers, table, trajectories
-from ecg_jax.scaling.analysis import Options, analyse
+from ecg_jax.scaling import claims, export, families, multipliers, table, trajectories, transfer
+from ecg_jax.scaling.analysis import Options, analyse, choose_forms
 from ecg_jax.scaling.families import RunSet, SeedNoise
 
 FIGURES = "figures"
@@ -38,19 +38,20 @@ def fit(
     columns: Mapping[str, str] | None = None,
     melt: Sequence[str] = (),
     metric: str | None = None,
+    fixed: Mapping[str, float | str] | None = None,
     title: str | None = None,
     banner: str | None = None,
 ) -> dict[str, Any]:
     """Fit laws to the eval logs or run folders `paths` and write everything into the folder `out`.
 
-    form: auto (by which of N and D vary) or a name of `analysis.FORMS`. loss, delta: see `solve`.
+    form: auto (the one that extrapolates best) or a name of `analysis.FORMS`. loss, delta: see `solve`.
     bootstrap: draws, 0 for no intervals. predict: a table of (n_params, n_records) to predict. columns,
-    melt, metric: see `table.read`. title: the report's heading; banner: a line over it, such as
-    "demonstration, not a study". Returns the paths written, the laws and the multipliers as in their JSON
-    files, and notes. Deterministic by `seed`. Raises UsageError (options), DataError (tables), MachineError
-    (disk).
+    melt, metric: see `table.read`. fixed: parameters held at a number or tied to another, by name. title:
+    the report's heading; banner: a line over it, such as "demonstration, not a study". Returns the paths
+    written, the laws and the multipliers as in their JSON files, and notes. Deterministic by `seed`. Raises
+    UsageError (options), DataError (tables), MachineError (disk).
     """
-    options = Options(form, loss, delta, bootstrap, level, seed).checked()
+    options = Options(form, loss, delta, bootstrap, level, seed, tuple((fixed or {}).items())).checked()
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give a folder for the report")
@@ -58,17 +59,27 @@ def fit(
         raise DataError(f"{predict}: no such file (--predict)")
     read = table.read([paths] if isinstance(paths, str | Path) else paths, columns=columns, melt=melt, metric=metric)
     sets = families.group(read)
-    results = [analyse(s, options, noise_for(s, sets)) for s in track(sets, "laws", unit="fits")]
+    chosen = choose_forms(sets, options)
+    results = [
+        analyse(s, options, noise_for(s, sets), c)
+        for s, c in track(list(zip(sets, chosen, strict=True)), "laws", unit="fits")
+    ]
+    moved = transfer.transfers(results, options)
     compared = multipliers.compare_all(results, level=level)
+    compared += multipliers.corrected(list(claims.extra(results, moved, level=level)))
+    compared += list(claims.largest(compared, level=level))
+    compared = claims.under_other_forms(compared, results, options, level=level)
     laws_json = [export.law_json(r, options) for r in results]
     multipliers_json = [export.multiplier_json(m) for m in compared]
     texts = {"laws.json": _json(laws_json), "multipliers.json": _json(multipliers_json)}
+    if moved:
+        texts["transfer.json"] = _json([transfer.transfer_json(t, export.clean) for t in moved])
     if predict is not None:
         texts["predictions.csv"] = export.predictions(Path(predict), results, columns or {}, options)
 
     from ecg_jax.scaling import figures, report  # Matplotlib from here on
 
-    drawings = figures.draw_all(results, trajectories.load(read, sets), level=level)
+    drawings = figures.draw_all(results, trajectories.load(read, sets), compared, level=level)
     texts |= {f"{FIGURES}/{d.name}.svg": d.file for d in drawings}
     study = report.Study(
         title=title or "Scaling laws",
@@ -78,6 +89,7 @@ def fit(
         table=read,
         results=tuple(results),
         multipliers=tuple(compared),
+        transfers=tuple(moved),
         drawings=tuple(drawings),
         predicted=texts.get("predictions.csv"),
     )

@@ -18,7 +18,6 @@ import numpy as np
 from scipy.special import ndtr, stdtr, stdtrit
 
 from ecg_jax.scaling.bootstrap import Draws
-from ecg_jax.scaling.laws import EXPONENT_RANGE
 from ecg_jax.scaling.solve import Fit
 
 ONE_SIGMA = (float(ndtr(-1.0)), float(ndtr(1.0)))
@@ -114,22 +113,7 @@ def parameter_intervals(fit: Fit, draws: Draws, *, level: float) -> dict[str, In
 
 def parameter_draws(fit: Fit, draws: Draws, j: int) -> np.ndarray:
     """Draws of raw parameter j [B], +inf at an exponent's upper bound, NaN where its term has vanished."""
-    law = fit.law
-    values = draws.raw[:, j].copy()
-    if j < law.floor:
-        values[draws.theta[:, 0] <= fit_floor_bound(fit, draws)] = 0.0
-        return values
-    v = (j - law.floor) % len(law.variables)
-    term, slope = law.floor + v, law.n_terms + v
-    values[draws.theta[:, slope] >= EXPONENT_RANGE[1] - 1e-9] = np.inf
-    gone = np.exp(draws.theta[:, term]) < 1e-9 * np.exp(draws.theta[:, : law.n_terms].max(axis=1))
-    values[gone] = np.nan if j >= law.n_terms else 0.0
-    return values
-
-
-def fit_floor_bound(fit: Fit, draws: Draws) -> float:
-    """Log floor below which a draw's E is zero: nine orders under the largest term."""
-    return float(draws.theta[:, : fit.law.n_terms].max() - np.log(1e9))
+    return fit.law.draw_values(draws.theta, draws.raw, j)
 
 
 def band(fit: Fit, draws: Draws, log_x: np.ndarray, *, level: float) -> tuple[np.ndarray, np.ndarray]:

@@ -10,9 +10,8 @@ ln A with alpha 0.9993 on public data); centred ones are not, and Newton's metho
 steps. E, A or B going to zero is a lower bound of its log (`Bounds`), and reaching it is reported, not
 hidden.
 
-It does not fit (see `solve`) and does not know about runs, seeds or families. A law of another kind needs
-the same methods (`terms` only where it is such a sum): `predict`, `jacobian`, `curvature`, `raw`,
-`centred`, `bounds`.
+It does not fit (see `solve`) and does not know about runs, seeds or families. Laws of other kinds are in
+`forms`, with the same methods (but `terms`).
 
 Shapes: R replicates (starts or bootstrap draws), n rows, V variables, T terms, P parameters. Invariant: the
 order of `theta` is floor (if any), log amplitudes, exponents; `names` gives the raw names in that order.
@@ -21,6 +20,8 @@ order of `theta` is floor (if any), log amplitudes, exponents; `names` gives the
 from dataclasses import dataclass
 
 import numpy as np
+
+from ecg_jax.scaling.starts import grid_starts
 
 AMPLITUDE = {"N": "A", "D": "B"}
 EXPONENT = {"N": "alpha", "D": "beta"}
@@ -66,20 +67,35 @@ class Law:
         power = [f"{AMPLITUDE[v]} {v}^-{EXPONENT[v]}" for v in self.variables]
         return " + ".join(["E"] * self.floor + power)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Role of each parameter: floor, amplitude or exponent."""
+        v = len(self.variables)
+        return ("floor",) * self.floor + ("amplitude",) * v + ("exponent",) * v
+
+    centred = True  # works in ln x minus its mean
+    batch = 512  # replicates at a time, at most
+    cheap = True  # the exact Hessian costs little more than its Gauss-Newton part
+
     def terms(self, theta_RxP: np.ndarray, z_nxV: np.ndarray) -> np.ndarray:
         """Value of every term, [R, T, n], floor first. `z` is ln x minus its centre."""
         t = self.n_terms
-        log_terms = np.repeat(theta_RxP[:, :t, None], len(z_nxV), axis=2)
-        log_terms[:, self.floor :] -= theta_RxP[:, t:, None] * z_nxV.T[None]
-        return np.exp(log_terms)
+        out = np.empty((len(theta_RxP), t, len(z_nxV)))
+        out[:, : self.floor] = np.exp(theta_RxP[:, : self.floor, None])
+        power = out[:, self.floor :]
+        np.multiply(-theta_RxP[:, t:, None], z_nxV.T[None], out=power)
+        power += theta_RxP[:, self.floor : t, None]
+        np.exp(power, out=power)
+        return out
 
     def predict(self, theta_RxP: np.ndarray, z_nxV: np.ndarray) -> np.ndarray:
         """Loss, [R, n]."""
         return self.terms(theta_RxP, z_nxV).sum(axis=1)
 
-    def jacobian(self, terms_RxTxn: np.ndarray, z_nxV: np.ndarray) -> np.ndarray:
-        """dL / dtheta from the terms, [R, P, n]."""
-        return np.concatenate([terms_RxTxn, -z_nxV.T[None] * terms_RxTxn[:, self.floor :]], axis=1)
+    def evaluate(self, theta_RxP: np.ndarray, z_nxV: np.ndarray, curved: bool = True):
+        """Loss [R, n], its gradient [R, P, n], and the terms, which `curvature` needs."""
+        terms = self.terms(theta_RxP, z_nxV)
+        return terms.sum(axis=1), np.concatenate([terms, -z_nxV.T[None] * terms[:, self.floor :]], axis=1), terms
 
     def curvature(self, terms_RxTxn: np.ndarray, z_nxV: np.ndarray, weight_Rxn: np.ndarray) -> np.ndarray:
         """sum_i weight_i d2 L_i / dtheta2, [R, P, P] (block by term: each term holds two parameters at
@@ -106,17 +122,7 @@ class Law:
             out[..., :t] = np.exp(out[..., :t])
         return out
 
-    def centred(self, raw: np.ndarray, centre_V: np.ndarray) -> np.ndarray:
-        """Inverse of `raw`. Zero amplitudes become minus infinity."""
-        raw = np.asarray(raw, float)
-        out = raw.copy()
-        t = self.n_terms
-        with np.errstate(divide="ignore"):
-            out[..., :t] = np.log(raw[..., :t])
-        out[..., self.floor : t] -= raw[..., t:] * centre_V
-        return out
-
-    def bounds(self, y_n: np.ndarray) -> Bounds:
+    def bounds(self, y_n: np.ndarray, z_nxV: np.ndarray) -> Bounds:
         """Box that holds every law worth considering for losses `y` (> 0)."""
         t, v = self.n_terms, len(self.variables)
         low = np.full(self.size, np.log(y_n.min()) - SMALLEST_LOG_SHARE)
@@ -134,15 +140,40 @@ class Law:
                 words.append(f"{name} = 0" if i < self.n_terms else f"{name} at its {edge}")
         return tuple(words)
 
+    def zeroable(self) -> np.ndarray:
+        """Which parameters at their lower bound are exactly zero."""
+        return np.arange(self.size) < self.n_terms
 
-LATER = ("kaplan", "kaplan0", "coupled", "shifted", "broken", "m1", "m2", "m3", "m4", "data-constrained")
+    def draw_values(self, theta_BxP: np.ndarray, raw_BxP: np.ndarray, j: int) -> np.ndarray:
+        """Draws of raw parameter j [B]: +inf at an exponent's upper bound, NaN for the exponent of a term
+        that has vanished, 0 for its amplitude."""
+        t = self.n_terms
+        level = theta_BxP[:, :t].max(axis=1) - np.log(1e9)
+        values = raw_BxP[:, j].copy()
+        if j < self.floor:
+            return np.where(theta_BxP[:, 0] <= level, 0.0, values)
+        v = (j - self.floor) % len(self.variables)
+        values[theta_BxP[:, t + v] >= EXPONENT_RANGE[1] - 1e-9] = np.inf
+        values[theta_BxP[:, self.floor + v] <= level] = np.nan if j >= t else 0.0
+        return values
+
+    def pin(self, name: str, value: float, centre_V: np.ndarray) -> tuple[int, float, dict[int, float]]:
+        """`name` fixed at `value` as an affine equation of theta: theta[j] = constant + sum of factor * theta[i]."""
+        j, t = self.names.index(name), self.n_terms
+        if j >= t:
+            return j, value, {}
+        log_value = float(np.log(value)) if value > 0 else -np.inf
+        return j, log_value, {} if j < self.floor else {t + j - self.floor: -float(centre_V[j - self.floor])}
+
+    def starts(self, z_nxV: np.ndarray, y_n: np.ndarray, weights_n: np.ndarray, *, robust: bool, count: int):
+        """Starting points [K, P] from the grid of `starts`."""
+        return grid_starts(z_nxV, y_n, weights_n, floor=self.floor, robust=robust, count=count)
 
 
 def get(name: str, variables: tuple[str, ...]) -> Law:
     """The law called `name` over `variables` (`("N", "D")`, `("N",)` or `("D",)`).
 
-    Raises ValueError where the name does not go with the number of variables; names of later versions are
-    in `LATER`.
+    Raises ValueError where the name does not go with the number of variables.
     """
     if name == "hoffmann" and variables == ("N", "D"):
         return Law(name, variables, floor=True)

@@ -16,16 +16,19 @@ order in which rho and M above 1 both speak for the same family (M_N's denominat
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from ecg_jax.scaling.analysis import LawResult
+from ecg_jax.scaling.forms import Formula
 from ecg_jax.scaling.intervals import interval, method_of, p_value, parameter_draws
-from ecg_jax.scaling.laws import EXPONENT
+from ecg_jax.scaling.laws import EXPONENT, Law
+from ecg_jax.scaling.restrict import whole
 
+FARTHEST = 60.0  # in ln N or ln D from the design's centre; a loss not reached there is never reached
 POINTS = 21  # losses in the overlap over which ln M is averaged
 
 
@@ -48,6 +51,7 @@ class Multiplier:
     identified: bool
     meaning: str
     note: str = ""
+    draws: np.ndarray | None = field(default=None, repr=False, compare=False)  # of ln value; paired among ratios
 
 
 def family_name(family: tuple[str, str, str]) -> str:
@@ -56,9 +60,13 @@ def family_name(family: tuple[str, str, str]) -> str:
 
 
 def compare_all(results: Sequence[LawResult], *, level: float) -> list[Multiplier]:
-    """All multipliers between fitted laws on the same measured thing; Holm's correction within each kind
-    and pair of families."""
-    found = [m for pair in _pairs(results) for m in compare(*pair, level=level)]
+    """All multipliers between fitted laws on the same measured thing, with Holm's correction."""
+    return corrected([m for pair in pairs(results) for m in compare(*pair, level=level)])
+
+
+def corrected(found: Sequence[Multiplier]) -> list[Multiplier]:
+    """Holm's correction over tasks, within each kind and pair of families."""
+    found = list(found)
     groups: dict[tuple, list[int]] = {}
     for i, m in enumerate(found):
         if m.p is not None:
@@ -69,7 +77,8 @@ def compare_all(results: Sequence[LawResult], *, level: float) -> list[Multiplie
     return found
 
 
-def _pairs(results: Sequence[LawResult]) -> Iterator[tuple[LawResult, LawResult]]:
+def pairs(results: Sequence[LawResult]) -> Iterator[tuple[LawResult, LawResult]]:
+    """Families that may be compared on one measured thing, in the order in which ratios speak for the first."""
     usable = [r for r in results if r.fit is not None]
     for a, b in combinations(usable, 2):
         if a.runs.key.measured != b.runs.key.measured or a.law.name != b.law.name or a.law.variables != b.law.variables:
@@ -96,7 +105,7 @@ def _exponent_ratio(first: LawResult, second: LawResult, v: str, level: float) -
         with np.errstate(invalid="ignore"):
             draws = np.log(_exponent_draws(first, v)) - np.log(_exponent_draws(second, v))
     meaning = f"{name} of {_short(first, second)} over {name} of {_short(second, first)}"
-    return _multiplier(f"rho_{v}", first, second, estimate, draws, {}, meaning, level)
+    return between(f"rho_{v}", first, second, estimate, draws, {}, meaning, level)
 
 
 def _exponent_draws(result: LawResult, v: str) -> np.ndarray:
@@ -116,7 +125,7 @@ def _equal_loss(first: LawResult, second: LawResult, v: str, level: float) -> Mu
     meaning = f"{what} {_short(second, first)} needs over those {_short(first, second)} needs, at equal loss{condition}"
     if not low < high:
         note = "no loss that both families reach inside their observed sizes"
-        return _multiplier(f"M_{v}", second, first, None, None, at, meaning, level, note)
+        return between(f"M_{v}", second, first, None, None, at, meaning, level, note)
     losses = np.exp(np.linspace(np.log(low), np.log(high), POINTS))
     at["loss"] = [float(low), float(high)]
     point = _needed(second, v, losses, at)[0] - _needed(first, v, losses, at)[0]
@@ -127,7 +136,14 @@ def _equal_loss(first: LawResult, second: LawResult, v: str, level: float) -> Mu
                 axis=1
             )
     at["ratio at these losses"] = [float(np.exp(point[0])), float(np.exp(point[-1]))]
-    return _multiplier(f"M_{v}", second, first, float(point.mean()), draws, at, meaning, level)
+    return between(f"M_{v}", second, first, float(point.mean()), draws, at, meaning, level)
+
+
+def reached(result: LawResult, best: bool) -> float:
+    """Fitted loss of the largest (or smallest) N and D together."""
+    pick = np.max if best else np.min
+    ends = {"N": pick(result.runs.n_params), "D": pick(result.runs.n_records)}
+    return float(result.fit.predict(np.log([[ends[u] for u in result.law.variables]]))[0])
 
 
 def _reached(result: LawResult, v: str, at: dict[str, float]) -> tuple[float, float]:
@@ -142,23 +158,47 @@ def _reached(result: LawResult, v: str, at: dict[str, float]) -> tuple[float, fl
 def _needed(result: LawResult, v: str, losses: np.ndarray, at: dict, *, draws: bool = False) -> np.ndarray:
     """ln of the resource `v` at which the law reaches `losses`, [R, len(losses)]; +inf where it never
     does."""
-    law, fit = result.law, result.fit
+    fit = result.fit
     theta = result.draws.theta if draws else fit.theta[None]
+    law, theta = whole(fit.law, theta)
+    i = law.variables.index(v)
+    if not isinstance(law, Law):
+        return fit.centre[i] + _bisect(
+            law, theta, i, losses, [np.log(at.get(u, 1.0)) for u in law.variables] - fit.centre
+        )
     rest = np.zeros(len(theta))
     if law.floor:
         rest = rest + np.exp(theta[:, 0])
-    for i, u in enumerate(law.variables):
+    for j, u in enumerate(law.variables):
         if u != v:
-            rest = rest + np.exp(theta[:, law.floor + i] - theta[:, law.n_terms + i] * (np.log(at[u]) - fit.centre[i]))
-    i = law.variables.index(v)
+            rest = rest + np.exp(theta[:, law.floor + j] - theta[:, law.n_terms + j] * (np.log(at[u]) - fit.centre[j]))
     left = losses[None] - rest[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         log_left = np.where(left > 0, np.log(np.maximum(left, 1e-300)), -np.inf)
-        log_x = fit.centre[i] + (theta[:, [law.floor + i]] - log_left) / theta[:, [law.n_terms + i]]
-    return log_x
+        return fit.centre[i] + (theta[:, [law.floor + i]] - log_left) / theta[:, [law.n_terms + i]]
 
 
-def _multiplier(kind, top, bottom, log_value, draws, at, meaning, level, note="") -> Multiplier:
+def _bisect(law: Formula, theta_RxP: np.ndarray, i: int, losses_m: np.ndarray, z_V: np.ndarray) -> np.ndarray:
+    """Centred ln of variable i at which the law reaches each loss, [R, m], by halving; a law falls in each
+    variable."""
+    shape = (len(theta_RxP), len(losses_m))
+    low, high = np.full(shape, -FARTHEST), np.full(shape, FARTHEST)
+    columns = [np.full(shape, z) for z in z_V]
+
+    def above(z: np.ndarray) -> np.ndarray:
+        columns[i] = z
+        return law.loss_at(theta_RxP, columns) > losses_m
+
+    never, always = above(high), ~above(low)
+    for _ in range(50):
+        middle = 0.5 * (low + high)
+        up = above(middle)
+        low, high = np.where(up, middle, low), np.where(up, high, middle)
+    return np.where(never, np.inf, np.where(always, -np.inf, 0.5 * (low + high)))
+
+
+def between(kind, top, bottom, log_value, draws, at, meaning, level, note="") -> Multiplier:
+    """A ratio of two families from its ln and the paired draws of that ln."""
     key = top.runs.key
     ends: tuple[float | None, float | None] = (None, None)
     p, infinite = None, 0.0
@@ -183,6 +223,7 @@ def _multiplier(kind, top, bottom, log_value, draws, at, meaning, level, note=""
         identified=top.identified and bottom.identified,
         meaning=meaning,
         note=note,
+        draws=draws,
     )
 
 

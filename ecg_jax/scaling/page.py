@@ -41,9 +41,10 @@ padding:6px 14px 6px 0;
 border-bottom:1.5px solid var(--ink)}
 td{vertical-align:top;padding:7px 14px 7px 0;border-bottom:1px solid var(--line)}
 td.num,th.num{text-align:left;white-space:nowrap}
-td small{display:block;color:var(--soft);font-size:12.5px;white-space:nowrap}
+td small{display:block;color:var(--soft);font-size:12.5px}
 .panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(310px,1fr));gap:6px 22px;
 margin:10px 0 2px}
+.wide .panels{grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr))}
 .panels>div{max-width:560px}
 .panels svg{display:block;width:100%;height:auto}
 svg text{font-family:"Helvetica Neue",Helvetica,Arial,"Liberation Sans",sans-serif!important}
@@ -123,9 +124,11 @@ def plain(html: str) -> str:
     return "".join(out).replace('"', "&quot;")
 
 
-def figure(panels: Sequence[str], caption: str) -> str:
+def figure(panels: Sequence[str], caption: str, *, wide: bool = False) -> str:
+    """Panels side by side where there is room, with a caption; `wide` ones at most two to a row."""
     inner = "".join(f"<div>{p}</div>" for p in panels)
-    return f'<figure><div class="panels">{inner}</div><figcaption>{escape(caption)}</figcaption></figure>'
+    kind = ' class="wide"' if wide else ""
+    return f'<figure{kind}><div class="panels">{inner}</div><figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def checks(items: Iterable[tuple[bool | None, str]]) -> str:

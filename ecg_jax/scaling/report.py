@@ -14,12 +14,15 @@ from html import escape
 
 import numpy as np
 
-from ecg_jax.scaling import checklist, identify, numbers, page
+from ecg_jax.scaling import checklist, claims, identify, methods, numbers, page
 from ecg_jax.scaling.analysis import LawResult, Options
+from ecg_jax.scaling.drawing import Drawing
+from ecg_jax.scaling.export import allocation_of, amplitudes_of
 from ecg_jax.scaling.families import RunSet
-from ecg_jax.scaling.figures import Drawing
 from ecg_jax.scaling.multipliers import Multiplier, family_name
+from ecg_jax.scaling.restrict import whole
 from ecg_jax.scaling.table import Table
+from ecg_jax.scaling.transfer import Transfer
 
 SYMBOL = {"alpha": "α", "beta": "β"}
 
@@ -35,6 +38,7 @@ class Study:
     table: Table
     results: tuple[LawResult, ...]
     multipliers: tuple[Multiplier, ...]
+    transfers: tuple[Transfer, ...]
     drawings: tuple[Drawing, ...]
     predicted: str | None  # text of predictions.csv
 
@@ -52,14 +56,15 @@ def _body(study: Study) -> Iterator[str]:
     sections = [("laws", "Laws", _overview), ("each", "Each law", _each)]
     if study.multipliers:
         sections.append(("families", "Families compared", _multipliers))
-    if any(d.kind == "transfer" for d in study.drawings):
+    if study.transfers or any(d.kind == "transfer" for d in study.drawings):
         sections.append(("transfer", "OOD against ID", _transfer))
     if any(d.kind == "trajectory" for d in study.drawings):
         sections.append(("trajectories", "Loss against step", _trajectories))
     if study.predicted:
         sections.append(("predictions", "Predictions", _predictions))
+    sections.append(("methods", "Methods", lambda s: methods.render(s.results, s.transfers, s.options, s.version)))
     sections.append(("done", "What was done", lambda s: checklist.render(s.table, s.results, s.options, s.version)))
-    yield "<nav>" + "".join(f'<a href="#{a}">{t}</a>' for a, t, _ in sections) + "</nav>"
+    yield "<nav>" + " ".join(f'<a href="#{a}">{t}</a>' for a, t, _ in sections) + "</nav>"
     for anchor, title, make in sections:
         yield f'<h2 id="{anchor}">{title}</h2>'
         yield from make(study)
@@ -166,12 +171,14 @@ def _each(study: Study) -> Iterator[str]:
         yield page.figure(drawing.panels, drawing.caption)
         if r.identified:
             yield _parameters(r, study.options)
-            yield f"<p>{_quality(r)}</p>"
+            yield f"<p>{_quality(r, study.options)}</p>"
             yield _sensitivity(r, study.options)
 
 
 def _formula(r: LawResult) -> str:
     values = r.fit.parameters
+    if r.law.name not in ("hoffmann", "power", "power0"):
+        return f"<i>L</i> = {escape(r.law.formula)}" if "=" not in r.law.formula else escape(r.law.formula)
     terms = [numbers.short(values["E"])] if "E" in values else []
     for v, (amplitude, exponent) in {"N": ("A", "alpha"), "D": ("B", "beta")}.items():
         if amplitude in values:
@@ -183,17 +190,16 @@ def _formula(r: LawResult) -> str:
 
 
 def _parameters(r: LawResult, options: Options) -> str:
-    what = {
-        "E": "irreducible loss", "alpha": "exponent of N", "beta": "exponent of D",
-        "A": "amplitude of N, raw", "B": "amplitude of D, raw",
-    }  # fmt: skip
     rows = []
     for name in r.law.names:
         ends = numbers.interval(r.intervals[name].pair()) if name in r.intervals else "no bootstrap asked for"
-        rows.append([f"{_symbol(name)} {what[name]}", numbers.short(r.fit.parameters[name], 4), ends])
-    for i, v in enumerate(r.law.variables):
-        centre, share = np.exp(r.fit.centre[i]), np.exp(r.fit.theta[r.law.floor + i])
-        log_draws = r.draws.theta[:, r.law.floor + i] if r.draws else None
+        rows.append(
+            [f"{_symbol(name)} {methods.MEANING.get(name, '')}", numbers.short(r.fit.parameters[name], 4), ends]
+        )
+    law, theta = whole(r.fit.law, r.fit.theta)
+    for i, v in zip(amplitudes_of(law), law.variables, strict=False):
+        centre, share = np.exp(r.fit.centre[law.variables.index(v)]), np.exp(theta[i])
+        log_draws = whole(r.fit.law, r.draws.theta)[1][:, i] if r.draws else None
         ends = "no bootstrap asked for"
         if log_draws is not None:
             from ecg_jax.scaling.intervals import interval, method_of
@@ -204,7 +210,7 @@ def _parameters(r: LawResult, options: Options) -> str:
     return page.table(["Parameter", "Estimate", f"{100 * options.level:g} % interval"], rows)
 
 
-def _quality(r: LawResult) -> str:
+def _quality(r: LawResult, options: Options) -> str:
     c, fit = r.fit.certificate, r.fit
     words = [
         f"{fit.n} runs in {int(r.runs.cells.max()) + 1} configurations; residual standard deviation "
@@ -215,6 +221,9 @@ def _quality(r: LawResult) -> str:
         words.append(
             f"repeated seeds differ by {numbers.percent(r.noise.log)} ({r.noise.df} degrees of freedom{pooled})"
         )
+    if len(r.runs.spread) > 1:
+        parts = (f"{k} {numbers.percent(sd)} ({df} df)" for k, (sd, df) in r.runs.spread.items())
+        words.append(f"spread by its origin: {', '.join(parts)}")
     agree = f"{c.starts_agreeing} of {c.starts} starts reached this optimum"
     gap = (
         "no other was found"
@@ -224,6 +233,15 @@ def _quality(r: LawResult) -> str:
     words.append(f"{agree}, {gap}; scaled gradient {c.scaled_gradient:.0e}")
     if c.boundary:
         words.append(f"at a boundary: {', '.join(c.boundary)}")
+    best = allocation_of(r, options.level)
+    if best is not None:
+        span = f" ({numbers.interval(best['a_interval'], 2)})" if "a_interval" in best else ""
+        words.append(
+            f"at compute proportional to N D the optimal N grows as its power {numbers.short(best['a'], 2)}{span}; for "
+            f"the largest budget here that is N = {numbers.count(best['n_params'])} with D = "
+            f"{numbers.count(best['n_records'])}"
+        )
+    words += [f"{escape(w)} (profile likelihood)" for w in r.weak]
     if not c.converged:
         words.append("<b>the optimiser did not converge</b>")
     if r.held_out:
@@ -272,15 +290,18 @@ def _multipliers(study: Study) -> Iterator[str]:
         "within one input and one paradigm. <i>p</i> tests a ratio of one; Holm's correction runs over "
         "tasks.</p>"
     )
+    yield from (page.figure(d.panels, d.caption, wide=True) for d in study.drawings if d.kind == "forest")
     level = f"{100 * study.options.level:g} % interval"
     heads = ["Ratio", "Task", "Value", level, "<i>p</i> (Holm)", "At equal loss"]
     yield page.table(heads, [_multiplier_row(m) for m in study.multipliers])
 
 
 def _multiplier_row(m: Multiplier) -> list[str]:
-    kind, v = m.kind.split("_")
+    top, kind, v = (m.kind.split("_")[0].startswith("max"), *m.kind.removeprefix("max ").split("_"))
+    letter = {"rho": "ρ", "N": "N"}.get(kind, "M")
     row = [
-        f"<i>{'ρ' if kind == 'rho' else 'M'}</i><sub>{v}</sub> <small>{escape(m.meaning)}</small>",
+        f"{'max ' if top else ''}<i>{letter}</i><sub>{v}</sub> <small>{escape(m.meaning)}; "
+        f"{escape(m.numerator)} over {escape(m.denominator)}</small>",
         escape(f"{m.dataset} {m.task}, {m.domain.replace('_', ' ').replace('ood', 'OOD').replace('id', 'ID')}"),
     ]
     if not m.identified:
@@ -291,23 +312,52 @@ def _multiplier_row(m: Multiplier) -> list[str]:
     if m.value is None:
         return [*row, f'<span class="soft">{escape(m.note)}</span>']
     over = numbers.DASH
-    if "loss" in m.at:
+    if "ratio at these losses" in m.at:
         drift = m.at["ratio at these losses"]
         over = (
             f"{numbers.interval(m.at['loss'])}<small>ratio there {numbers.short(drift[0])} and "
             f"{numbers.short(drift[1])}</small>"
         )
+    if "under other forms" in m.at:
+        others = (f"{f} {numbers.short(x)}" for f, x in m.at["under other forms"].items())
+        over += f"<small>under other forms: {escape(', '.join(others))}</small>"
+    if top:
+        over = f"median {numbers.short(m.at['median'])}<small>range {numbers.interval(m.at['range'])}</small>"
     share = f"<small>{numbers.percent(m.infinite_draws)} of draws infinite</small>" if m.infinite_draws else ""
+    runs = claims.seeds_to_tell(m)
+    needed = f"<small>1.3 told from 1 with {runs} x these runs</small>" if runs and runs > 1 else ""
     return [
         *row,
-        numbers.short(m.value),
-        numbers.interval(m.interval) + share,
+        numbers.count(m.value) if letter == "N" else numbers.short(m.value),
+        (numbers.interval(m.interval) if m.interval != (None, None) else "unbounded") + share + needed,
         escape(numbers.p(m.p_holm)),
         over,
     ]
 
 
 def _transfer(study: Study) -> Iterator[str]:
+    if study.transfers:
+        yield (
+            "<p>One joint law for both losses of the same runs, <i>L</i><sub>ID</sub> = <i>E</i> + <i>g</i> and "
+            "<i>L</i><sub>OOD</sub> = <i>E</i><sub>o</sub> + <i>K g</i><sup>κ</sup>: both floors are fitted. κ below 1 "
+            "means that OOD loss falls more slowly than ID loss. Two-step and orthogonal regression stand beside it "
+            "for comparison; they take the floors as known.</p>"
+        )
+        heads = ["Family", "Task", "κ", "<i>E</i><sub>o</sub>", "<i>p</i> (κ = 1)", "Two-step, orthogonal"]
+        rows = []
+        for t in study.transfers:
+            row = [escape(family_name(t.away.runs.key.family)), _task(t.away.runs)]
+            if not (t.home.identified and t.away.identified):
+                why = "one of its two laws is not identified"
+                rows.append([*row, f'<span class="refused">not identified</span> <span class="soft">{why}</span>'])
+                continue
+            ends = {k: numbers.interval(t.intervals[k].pair()) if t.intervals else "" for k in ("kappa", "Eo")}
+            p = t.fit.parameters
+            row += [f"{numbers.short(p[k])}<small>{ends[k]}</small>" for k in ("kappa", "Eo")]
+            rows.append(
+                [*row, escape(numbers.p(t.p_kappa_one)), f"{numbers.short(t.two_step)}, {numbers.short(t.orthogonal)}"]
+            )
+        yield page.table(heads, rows)
     yield from (page.figure(d.panels, d.caption) for d in study.drawings if d.kind == "transfer")
 
 

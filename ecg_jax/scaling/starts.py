@@ -13,22 +13,21 @@ from itertools import combinations
 
 import numpy as np
 
-from ecg_jax.scaling.laws import Law
-
 EXPONENTS = np.geomspace(0.02, 4.0, 16)
 EXPONENTS_1D = np.geomspace(0.01, 8.0, 48)
 SMALL_SHARE = 1e-3  # an amplitude found to be zero starts at this share of the smallest loss: Newton needs a slope
 
 
 def grid_starts(
-    law: Law, z_nxV: np.ndarray, y_n: np.ndarray, weights_n: np.ndarray, *, robust: bool, count: int
+    z_nxV: np.ndarray, y_n: np.ndarray, weights_n: np.ndarray, *, floor: bool, robust: bool, count: int
 ) -> np.ndarray:
     """The `count` best grid points that are not neighbours, centred parameters [count, P], best first."""
-    axes = [EXPONENTS if len(law.variables) > 1 else EXPONENTS_1D] * len(law.variables)
+    variables = z_nxV.shape[1]
+    axes = [EXPONENTS if variables > 1 else EXPONENTS_1D] * variables
     exponents = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(axes))
     index = np.stack(np.meshgrid(*(range(len(a)) for a in axes), indexing="ij"), axis=-1).reshape(-1, len(axes))
     basis = np.exp(-exponents[:, :, None] * z_nxV.T[None])  # [G, V, n]
-    if law.floor:
+    if floor:
         basis = np.concatenate([np.ones((len(basis), 1, len(y_n))), basis], axis=1)
     basis = basis / y_n
     weights = np.broadcast_to(weights_n, (len(basis), len(y_n)))

@@ -3,7 +3,8 @@ with its reason.
 
 Sources are files, run folders (`evals.jsonl` inside) or folders of run folders. Columns are renamed by
 `columns` (`{"n_params": "N"}`, ours to theirs; `{"architecture": "=resnet"}` gives one value to all rows).
-Wide tables are melted by `melt`: each named column becomes rows whose task is the column's name.
+Wide tables are melted by `melt`: each named column becomes rows whose task is the column's name; one that ends
+in `_id` holds the ID loss.
 
 It does not group or fit (`families`). Invariant: every input row is either in `Table.rows` or counted in
 `Table.left_out`; nothing is dropped in silence, and nothing is guessed: a wrong number stops with file,
@@ -261,7 +262,8 @@ def _melted(rows, file: Path, melt: Sequence[str]):
             if column not in row:
                 raise DataError(f"{file}, line {line}: no column {column!r} (--melt)")
             rest = {k: v for k, v in row.items() if k not in melt}
-            yield line, {"metric": "loss"} | rest | {"task": column, "value": row[column]}
+            home = {"domain": "id"} if column.endswith("_id") else {}
+            yield line, {"metric": "loss"} | home | rest | {"task": column, "value": row[column]}
 
 
 def _not_wanted(row: Mapping[str, Any], metric: str | None, where: str) -> str | None:

@@ -82,6 +82,7 @@ def test_wide_tables_are_melted(tmp_path):
         ("loss_id", 0.2, "loss"),
         ("loss_far", 0.3, "loss"),
     ]
+    assert [r["domain"] for r in got.rows] == ["id", "ood_unseen"]
 
 
 def test_contaminated_rows_are_left_out_and_counted(tmp_path):
@@ -174,3 +175,43 @@ def test_unreadable_sources_are_named(tmp_path):
     nothing.write_text("run,value\n")
     with pytest.raises(DataError, match="no rows"):
         table.read([nothing])
+
+
+def test_spread_is_split_into_probe_initialisation_and_subset(tmp_path):
+    rng = np.random.default_rng(0)
+    changes = []
+    for n in range(1, 41):
+        for offset in (0.0, 0.33):
+            subset = 0.05 * rng.normal()
+            for seed in range(3):
+                run = {
+                    "run": f"n{n}-{offset}-{seed}",
+                    "n_params": n,
+                    "subset_offset": offset,
+                    "seed": seed,
+                    "task": "t",
+                }
+                level = subset + 0.02 * rng.normal()
+                probes = (
+                    run | {"probe_seed": k, "value": float(np.exp(level + 0.01 * rng.normal()))} for k in range(2)
+                )
+                changes += list(probes)
+    (runs,) = families.group(table.read([log(tmp_path, *changes)]))
+    sd = {k: v[0] for k, v in runs.spread.items()}
+    assert sd == {
+        k: pytest.approx(v, rel=0.25) for k, v in (("probe", 0.01), ("initialisation", 0.02), ("subset", 0.05))
+    }
+    assert {k: v[1] for k, v in runs.spread.items()} == {"probe": 240, "initialisation": 160, "subset": 40}
+
+
+def test_of_tuning_trials_the_best_on_id_is_kept_for_every_task(tmp_path):
+    changes = []
+    for n in (10, 20):
+        for trial, (home, away) in enumerate(((0.30, 0.50), (0.20, 0.60), (0.25, 0.40))):
+            run = {"run": f"n{n}-t{trial}", "n_params": n, "trial": trial, "lr": 10.0**-trial}
+            changes += [run | {"value": home}, run | {"value": away, "task": "far", "domain": "ood_unseen"}]
+    sets = families.group(table.read([log(tmp_path, *changes)]))
+    assert [list(s.loss) for s in sets] == [[0.20, 0.20], [0.60, 0.60]]  # 0.40 is lower, but OOD never chooses
+    assert all(s.passed_over == {"tuning trial that is not the best of its configuration": 4} for s in sets)
+    same = [c | {"trial": 0} for c in changes]
+    assert [s.n for s in families.group(table.read([log(tmp_path, *same, name="same.jsonl")]))] == [6, 6]
