@@ -36,9 +36,9 @@ POPULATIONS = {
     "synthetic": {"population": "1", "prevalence": "balanced", "records": "6208", "val": "512", "test": "1536"},
     "synthetic_ood": {"population": "2", "prevalence": "balanced", "records": "2048", "val": "384", "test": "768"},
 }
-# Without 1dAVb and AF: whether a net of this size finds the PR interval, or the irregular rhythm, within so few steps is
-# a matter of luck, and three seeds of one cell end at 0.20, 0.36 and 0.37 nats on one, at 0.14, 0.15 and 0.35 on the
-# other. The other four agree to a few thousandths.
+# Without 1dAVb and AF: whether a net of this size finds the PR interval, or the irregular rhythm, within so few steps
+# is a matter of luck, and three seeds of one cell end at 0.20, 0.36 and 0.37 nats on one, at 0.14, 0.15 and 0.35 on
+# the other. The other four agree to a few thousandths.
 LABELS = ["RBBB", "LBBB", "SB", "ST"]
 TRAINING = [
     "data.task=code",
