@@ -146,7 +146,7 @@ def test_stream_and_resident_inputs_give_the_same_step(tables, mesh, programs):
         while True:
             yield fields | {"epoch": epoch.reshape(-1)}
 
-    stream = feed.StreamFeed(batches, mesh, False)
+    stream = feed.BatchFeed(batches, mesh, False)
     rows, inputs, there = stream.take(3, rates)
     _, b = programs.step(_start(programs), rows, inputs, there, hyper, jnp.uint32(0))
     stream.close()
