@@ -37,6 +37,12 @@ def test_names_that_mislead_are_told_by_their_cards():
     assert tasks.domains(["normal"], six, code, ptb, "normal", "code6") == ["ood_unseen"]
 
 
+def test_the_simulated_populations_share_the_meanings_of_their_names():
+    lineage, probed = [{"dataset": "synthetic"}], [{"dataset": "synthetic_ood"}]
+    found = tasks.domains(["RBBB", "AF", "ST", "STD"], ["RBBB", "ST"], probed, lineage, "ood", "code")
+    assert found == ["ood_seen", "ood_unseen", "ood_seen", "ood_unseen"]
+
+
 def test_every_card_is_whole_and_every_preset_names_tasks_that_have_one():
     cards = tasks.cards()
     assert {"ptbxl", "cpsc2018", "csn", "georgia", "code-test", "echonext", "mimic-icu", "ludb", "sph"} <= set(cards)
