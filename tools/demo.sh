@@ -3,5 +3,6 @@
 #   bash tools/demo.sh [OUT]        default OUT: ./demo        ECG_JAX_VENV=DIR uses another environment
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source tools/venv.sh
-JAX_PLATFORMS=cpu "$VENV/bin/ecg-jax" demo --out "${1:-demo}"
+out="${1:-demo}"
+source tools/venv.sh ""
+JAX_PLATFORMS=cpu "$VENV/bin/ecg-jax" demo --out "$out"

@@ -5,7 +5,8 @@ mislead. The rule for domains, fixed before anything is scored and the same for 
 
 1. a data set in the lineage of the encoder makes every label `contaminated`: kept out of laws;
 2. else a label is `ood_seen` if one of its meanings is a meaning of a pre-training label. A label means what its card
-   says (CODE's ST is sinus tachycardia; CD holds bundle branch blocks), or else its name, case and blanks apart;
+   says (CODE's ST is sinus tachycardia; CD holds bundle branch blocks), or else its name, case and blanks apart; where
+   one of the two sets has no card for its label, the same name is the same thing;
 3. else it is `ood_unseen`, which is every label for an encoder that was pre-trained without labels.
 
 The fourth, `id`, is for the test split of a run's own data (`training`), never for a probe. Macros are taken within one
@@ -54,13 +55,13 @@ def check(dataset: str, task: str, labels: Sequence[str]) -> None:
         raise DataError(f"{dataset}: labels of task {task} are not those of its task card ({what}); convert it again")
 
 
-def meanings(label: str, task: str | None, datasets: Iterable[str]) -> frozenset[str]:
-    """What `label` of `task` means, by the card of the first of `datasets` that has that task, else its plain name."""
+def meanings(label: str, task: str | None, datasets: Iterable[str]) -> frozenset[str] | None:
+    """What `label` of `task` means, by the card of the first of `datasets` that has that task; None without a card."""
     for dataset in datasets:
         means = cards().get(dataset, {}).get("tasks", {}).get(task or "", {}).get("means", {})
         if label in means:
             return frozenset(_plain(name) for name in means[label])
-    return frozenset([_plain(label)])
+    return None
 
 
 def domains(
@@ -81,8 +82,21 @@ def domains(
     if _sets(probed) & _sets(lineage):
         return ["contaminated"] * len(labels)
     trained_on, here = ([entry["dataset"] for entry in entries] for entries in (lineage, probed))
-    seen = frozenset().union(*(meanings(name, pretraining_task, trained_on) for name in pretraining_labels))
-    return ["ood_seen" if meanings(name, task, here) & seen else "ood_unseen" for name in labels]
+    met = [(name, meanings(name, pretraining_task, trained_on)) for name in pretraining_labels]
+
+    def seen(label: str) -> bool:
+        means = meanings(label, task, here)
+        return any(_same(label, means, name, theirs) for name, theirs in met)
+
+    return ["ood_seen" if seen(label) else "ood_unseen" for label in labels]
+
+
+def _same(label: str, means: frozenset[str] | None, name: str, theirs: frozenset[str] | None) -> bool:
+    """Whether two labels, each with what a card says of it, mean the same."""
+    if means is not None and theirs is not None:
+        return bool(means & theirs)
+    plain = (means or frozenset()) | {_plain(label)}, (theirs or frozenset()) | {_plain(name)}
+    return bool(plain[0] & plain[1])
 
 
 def _sets(lineage: Iterable[Mapping[str, Any]]) -> set[str]:
