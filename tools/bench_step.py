@@ -17,10 +17,12 @@ same process and minutes. Its ratios are PyTorch's median over ours: above 1, ou
 first; where it cannot be quiet, set OMP_WAIT_POLICY=passive (PyTorch's threads else burn time waiting for a core) and
 believe the ratio of CPU time.
 
-Measured on two quiet cores of an Intel Xeon with AVX-512, jax 0.10.2 and torch 2.13, float32, nine pairs, PyTorch's
-time over ours, wall and CPU: R8, batch 32, 1.28 and 1.48; T8, batch 16, 0.65 and 0.74. R4, batch 32: 0.89 and 1.13
-with spectral windows in its layers too; without them, as the table now has it, its step takes 77 to 81 ms instead of 91
-to 95, beside 90 of PyTorch's in another run.
+Measured on two quiet cores of an Intel Xeon with AVX-512, jax 0.10.2 and torch 2.13, float32, seven pairs, PyTorch's
+time over ours, wall and CPU: R8, batch 32, 1.48 and 1.71; R4, batch 32, 1.21 and 1.28 (75 ms beside 91); T8, batch 16,
+0.76 and 0.77; T11, batch 4, on one device 0.68 and 0.72, on two 0.54 (five pairs). Of R8's 610 ms of operations 62 %
+are XLA's fused matrix products, 10 % other products, 22 % copies, pads and selections around the spectral windows, the
+rest norms and the update. Tried and left out: convolution as an image of height 1 with a gradient written out (R4 in
+61 ms, but NaN in an unoptimised program); keeping freed memory with mallopt (T8 10 % faster, R4 9 % slower).
 
 FLOPs are analytic at 2 per multiply-add and MFU stands against the dense peak of a known device, else it is not
 given (`models/flops.py`). Memory is what XLA assigns to the program: arguments, results and temporaries. Needs

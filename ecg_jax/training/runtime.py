@@ -19,9 +19,11 @@ from types import FrameType
 import jax
 
 from ecg_jax.errors import InterruptedRun
+from ecg_jax.models import ladder
 from ecg_jax.models.ladder import Config, ResNet1dConfig
 
 WIDE = 32  # channels of a ResNet's first stage from which its convolutions fill all cores of a CPU
+LARGE = 20e6  # parameters of a Transformer from which updating them on every device costs more than it wins
 GRACE = 10.0  # seconds that a signal leaves to what is under way; schedulers give 30 and more before they kill
 COMPILED = "/jax/core/compile/backend_compile_duration"
 COMPILING = (
@@ -99,10 +101,11 @@ def spread(arch: Config, lanes: int) -> None:
     To be called before JAX has devices; after that, or where XLA_FLAGS says how many there are, it changes nothing.
     Nor does it matter beside a GPU or TPU. Measured, ms of a train step with one and with two devices on two cores:
     R4 86 and 72, T4 216 and 192, T8 1458 and 1224; but R6 216 and 209, R7 586 and 709, R8 497 and 798: the wide
-    convolutions are products so large that they fill all cores by themselves.
+    convolutions are products so large that they fill all cores by themselves. And T11, at four records a step, takes a
+    quarter longer with two, since each device updates all parameters.
     """
-    wide = isinstance(arch, ResNet1dConfig) and arch.width >= WIDE
-    if wide or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    large = arch.width >= WIDE if isinstance(arch, ResNet1dConfig) else ladder.count(arch) > LARGE
+    if large or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     devices = max(n for n in range(1, lanes + 1) if lanes % n == 0 and n <= cores)

@@ -148,6 +148,7 @@ def test_a_number_that_does_not_divide_the_lanes_is_refused(result):
     [
         ("R4", {0, 1, 2, 3, 4, 5}, "", 4),
         ("R8", {0, 1}, "", 1),
+        ("T11", {0, 1}, "", 1),
         ("T8", {0, 1}, "", 2),
         ("T8", {0, 1}, "--xla_force_host_platform_device_count=3", 3),
     ],
