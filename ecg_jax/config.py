@@ -270,7 +270,7 @@ def _with_overrides(config: Config, overrides: Sequence[str]) -> Config:
         _check_name(section, _sections(), "section", where)
         kinds = typing.get_type_hints(_sections()[section])
         _check_name(key, kinds, f"key in [{section}]", where)
-        changed = {key: _convert(_parse_value(value.strip()), kinds[key], f"{where}: {section}.{key}")}
+        changed = {key: _convert(parse_value(value.strip()), kinds[key], f"{where}: {section}.{key}")}
         config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changed)})
     return config
 
@@ -281,7 +281,8 @@ def _check_name(name: str, known: Any, what: str, where: str) -> None:
         raise UsageError(f"{where}: unknown {what} {name!r}{hint}")
 
 
-def _parse_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """The value of an override as TOML reads it, else the word itself; `none` and `null` are None."""
     if text.lower() in ("none", "null"):
         return None
     try:

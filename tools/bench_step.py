@@ -275,8 +275,7 @@ def bench(args: argparse.Namespace, rung: str) -> dict[str, Any]:
     wall, cpu = (statistics.median(t[which] for t in times["ours"]) for which in (0, 1))
     dtype, device = PRECISIONS[args.precision], jax.devices()[0]
     per_record = objectives.training_flops(ours.objective)
-    most = flops.peak_flops(device.device_kind, dtype)
-    mfu = most and per_record * batch / wall / (most * ours.mesh.size)
+    mfu = flops.mfu(per_record, batch / wall / ours.mesh.size, device.device_kind, dtype)
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
     line = {
         "rung": "VQ-HBR" if book else rung,

@@ -55,6 +55,15 @@ class Probe:
         return (np.asarray(features, np.float64) - self.mean) / self.scale @ self.weights + self.bias
 
 
+def check(train: Split, val: Split) -> None:
+    """Raises ValueError for a split without a labelled record, or with features that are not finite."""
+    for name, split in (("train", train), ("val", val)):
+        if not len(split.features) or not (split.labels != metrics.UNKNOWN).any():
+            raise ValueError(f"no labelled record in the {name} split")
+        if not np.isfinite(split.features).all():
+            raise ValueError(f"features of the {name} split are not finite")
+
+
 def fit(
     train: Split,
     val: Split,
@@ -70,11 +79,7 @@ def fit(
     Randomness: the order of the records in each epoch, from (seed, epoch, record hash). Raises ValueError
     where either split is empty or the features are not finite.
     """
-    for name, split in (("train", train), ("val", val)):
-        if not len(split.features) or not (split.labels != metrics.UNKNOWN).any():
-            raise ValueError(f"no labelled record in the {name} split")
-        if not np.isfinite(split.features).all():
-            raise ValueError(f"features of the {name} split are not finite")
+    check(train, val)
     width = train.features.shape[1]
     mean, scale = moments(_sorted(train).features)
     x, y, key_hi, key_lo = _padded(_sorted(train), mean, scale)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ecg_jax.evaluation import metrics
-from ecg_jax.evaluation.linear import WIDTH, Split, moments
+from ecg_jax.evaluation.linear import WIDTH, Split, check, moments
 
 C_GRID = tuple(10.0 ** np.arange(-5, 3, 0.5))
 TOLERANCE = 1e-6  # Euclidean norm of the gradient of the mean loss
@@ -72,11 +72,7 @@ def fit(
     Features are standardised on all training records, whose features need no label. No randomness. Raises ValueError
     where a split has no labelled record or features are not finite.
     """
-    for name, split in (("train", train), ("val", val)):
-        if not len(split.features) or not (split.labels != metrics.UNKNOWN).any():
-            raise ValueError(f"no labelled record in the {name} split")
-        if not np.isfinite(split.features).all():
-            raise ValueError(f"features of the {name} split are not finite")
+    check(train, val)
     subsets = [np.ones(len(train.labels), bool)] if subsets is None else list(subsets)
     k, n_grid = train.labels.shape[1], len(grid)
     mean, scale = moments(train.features)

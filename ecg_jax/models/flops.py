@@ -47,10 +47,12 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     return None if tflops is None else tflops * 1e12
 
 
-def mfu(config: Config, length: int, records_per_second: float, device_kind: str, dtype: str) -> float | None:
-    """Model FLOPs utilisation of training on one device, see above; None where its peak is not known."""
+def mfu(per_record: float, records_per_second: float, device_kind: str, dtype: str) -> float | None:
+    """Model FLOPs utilisation of training, see above: `per_record` FLOPs of forward and backward, records a second of
+    each device; None where its peak is not known.
+    """
     peak = peak_flops(device_kind, dtype)
-    return None if peak is None else training_flops(config, length) * records_per_second / peak
+    return None if peak is None else per_record * records_per_second / peak
 
 
 def forward_flops(config: Config, length: int = 1000) -> int:

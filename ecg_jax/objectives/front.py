@@ -19,7 +19,7 @@ from ecg_jax.errors import UsageError, did_you_mean
 from ecg_jax.models import beats, inputs, layers
 from ecg_jax.models.ladder import Config
 from ecg_jax.records.leads import LEADS
-from ecg_jax.records.windows import MODES, MOST, SLOTS
+from ecg_jax.records.windows import MODES, most_slots
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -203,7 +203,7 @@ def make(
             raise UsageError(f"unknown {what} {value!r}{did_you_mean(value, known)}; known: {', '.join(known)}")
     if getattr(arch, "input", "signal") == "signal" and crop < arch.frame:
         raise UsageError(f"crop of {crop} samples is shorter than one frame of {arch.frame}")
-    most = SLOTS if mode == "heartlang" else MOST * len(LEADS)
+    most = most_slots(mode)
     slots = slots or most
     if not len(LEADS) <= slots <= most or (mode == "robust" and slots % len(LEADS)):
         raise UsageError(

@@ -29,6 +29,11 @@ def detector(mode: str) -> str:
     return {"robust": beats.DETECTOR, "heartlang": xqrs.DETECTOR}[mode]
 
 
+def most_slots(mode: str) -> int:
+    """Slots that the beats of a record may fill in all twelve leads."""
+    return SLOTS if mode == "heartlang" else 12 * MOST
+
+
 def beats_id(mode: str) -> str:
     """8 hex digits that tell whether two sets of beat windows were cut alike."""
     what = json.dumps([mode, detector(mode), WINDOW, MOST, EDGE])

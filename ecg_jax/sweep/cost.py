@@ -17,7 +17,7 @@ from pathlib import Path
 from ecg_jax.config import Config
 from ecg_jax.errors import DataError, UsageError, did_you_mean
 from ecg_jax.models import flops, ladder
-from ecg_jax.records.windows import SLOTS
+from ecg_jax.records.windows import most_slots
 from ecg_jax.sweep import cells
 from ecg_jax.sweep.cells import Cell
 from ecg_jax.sweep.spec import Sweep
@@ -121,7 +121,7 @@ def of(config: Config, records: Mapping[str, int], train_records: int, on: Devic
     arch = ladder.for_input(ladder.get(config.model.rung, norm=config.model.norm), config.model.input)
     length = config.model.crop
     if arch.input == "beats":
-        length = config.model.slots or (SLOTS if config.model.beats == "heartlang" else SLOTS // 12 * 12)
+        length = config.model.slots or most_slots(config.model.beats)
     plan = recipe.plan(config, train_records, records["val"])
     batch = config.train.batch
     steps = (plan.budget if plan.kind == "steps" else min(plan.min_steps, plan.budget), plan.budget)

@@ -280,7 +280,4 @@ def _override(tree: dict[str, Any], text: str) -> None:
         at = at.setdefault(table, {})
         if not isinstance(at, dict):
             raise UsageError(f"override {text!r}: {table!r} is no table that a word can change; edit the file")
-    at[key] = config_lib._parse_value(value.strip())
-
-
-# ------------------------------------------------------------------------------------------------- values
+    at[key] = config_lib.parse_value(value.strip())

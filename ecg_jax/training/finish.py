@@ -169,8 +169,8 @@ def _summary(run: Run, status: str) -> dict[str, Any]:
 def mfu(objective: step.Objective, mesh: Mesh, ecg_per_s: float) -> float | None:
     """Share of the devices' dense peak that training reaches, by analytic FLOPs; None where the peak is not known."""
     precision = getattr(getattr(objective, "front", None), "dtype", "float32")
-    peak = flops.peak_flops(mesh.devices.flat[0].device_kind, precision)
-    return None if peak is None else objectives.training_flops(objective) * ecg_per_s / (peak * mesh.size)
+    each = ecg_per_s / mesh.size
+    return flops.mfu(objectives.training_flops(objective), each, mesh.devices.flat[0].device_kind, precision)
 
 
 def _count(run: Run) -> tuple[int, int, int]:

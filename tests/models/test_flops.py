@@ -43,5 +43,5 @@ def test_peaks_are_dense_and_never_guessed():
     assert flops.peak_flops("TPU v4", "float32") is None and flops.peak_flops("NVIDIA H200", "float64") is None
     t12 = ladder.get("T12")
     rate = 0.5 * 989.4e12 / flops.training_flops(t12)
-    assert flops.mfu(t12, 1000, rate, "NVIDIA H200", "bfloat16") == pytest.approx(0.5)
-    assert flops.mfu(t12, 1000, rate, "cpu", "float32") is None
+    assert flops.mfu(flops.training_flops(t12), rate, "NVIDIA H200", "bfloat16") == pytest.approx(0.5)
+    assert flops.mfu(flops.training_flops(t12), rate, "cpu", "float32") is None
