@@ -41,9 +41,9 @@ def train(
     """Train a run, go on with it, or return the summary of a finished one.
 
     Args:
-        run_dir: the run folder; made if need be, gone on with if it holds the same run. tables: "train",
-        "val" and "test" (or what the configuration calls the last two), where they are in memory. The
-            same objects in several calls are put on the devices once.
+        run_dir: the run folder; made if need be, gone on with if it holds the same run.
+        tables: "train", "val" and "test" (or what the configuration calls the last two), where they are in
+            memory. The same objects in several calls are put on the devices once.
         quiet: no progress and no remarks on stderr.
 
     Returns:
