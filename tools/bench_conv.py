@@ -55,7 +55,7 @@ def shapes(rungs: list[str], batch: int, length: int) -> list[dict[str, int]]:
 def candidates(row: dict[str, int]) -> list[tuple[str, int | None]]:
     """(formulation, size) to be measured at one shape, the simplest first."""
     stride = row["stride"]
-    q = conv.folded_taps(row["taps"], stride, conv.narrow_block(row["out"]))
+    q = conv.folding(row["length"], row["taps"], stride, conv.narrow_block(row["out"])).taps
     todo: list[tuple[str, int | None]] = [("direct", None)]
     if stride > 1:
         todo.append(("polyphase", None))

@@ -53,7 +53,6 @@ class ResNet(nn.Module):
     def __init__(self, config: ResNet1dConfig, length: int, planar: bool):
         super().__init__()
         self.planar, self.convs, self.norms = planar, nn.ModuleDict(), nn.ModuleDict()
-        self.shared_ties = False  # equal maxima share the gradient, as in JAX; PyTorch's pool gives it to the first
         self.units: list[tuple[str, int]] = []
 
         def norm(name, width):
@@ -86,9 +85,7 @@ class ResNet(nn.Module):
         for name, stride in self.units:
             x = F.relu(self.norms[f"{name}_norm1"](self.convs[f"{name}_conv1"](x)))
             x = self.convs[f"{name}_conv2"](x)
-            if stride > 1 and self.shared_ties:
-                y = y.unflatten(-1, (-1, stride)).amax(-1)
-            elif stride > 1:
+            if stride > 1:
                 y = F.max_pool2d(y, (1, stride)) if self.planar else F.max_pool1d(y, stride)
             if f"{name}_skip" in self.convs:
                 y = self.convs[f"{name}_skip"](y)
@@ -242,10 +239,8 @@ class Trainer:
         in JAX; nothing is kept.
         """
         state = {name: buffer.clone() for name, buffer in self.net.named_buffers()}
-        self.net.encoder.shared_ties = True  # in float32 some pairs in a million are equal: 1e-3 of a gradient
         loss = self.net(*(array[at] for array in self.batch))
         loss.backward()
-        self.net.encoder.shared_ties = False
         single, stacks = {}, {}
         for part, name, layer, parameter, lies in self.net.named():
             grad = parameter.grad.detach().cpu().numpy()

@@ -128,15 +128,40 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
 def max_pool(x_BxTxC: jax.Array, occupied_BxT: jax.Array, stride: int) -> jax.Array:
     """Maximum over each run of `stride` positions, unoccupied ones left out; 0 where none is occupied.
 
-    T must be a multiple of `stride`. A reshape and a maximum: XLA-CPU's windowed maximum has a slow gradient.
+    T must be a multiple of `stride`. The first of equal maxima gets the gradient, as in PyTorch.
     """
     if stride == 1:
         return x_BxTxC
     batch, length, channels = x_BxTxC.shape
-    lowest = jnp.finfo(x_BxTxC.dtype).min
-    x = jnp.where(occupied_BxT[:, :, None], x_BxTxC, lowest)
-    x = x.reshape(batch, length // stride, stride, channels).max(2)
+    x = jnp.where(occupied_BxT[:, :, None], x_BxTxC, jnp.finfo(x_BxTxC.dtype).min)
+    x = _largest(x.reshape(batch, length // stride, stride, channels), stride)
     return jnp.where(occupied_BxT.reshape(batch, -1, stride).any(2)[:, :, None], x, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _largest(x_BxUxSxC: jax.Array, run: int) -> jax.Array:
+    """Maximum over axis 2, of length `run`, by comparisons. XLA-CPU's windowed maximum has a slow gradient. That of a
+    reduction shares it among all that equal the maximum: if the compiler evaluates `x` once more, rounded otherwise,
+    none does, and the share is infinite.
+    """
+    return _largest_forward(x_BxUxSxC, run)[0]
+
+
+def _largest_forward(x_BxUxSxC, run):
+    best_BxUxC = x_BxUxSxC[:, :, 0]
+    place_BxUxC = jnp.zeros(best_BxUxC.shape, jnp.int32)
+    for i in range(1, run):
+        larger = x_BxUxSxC[:, :, i] > best_BxUxC
+        best_BxUxC = jnp.where(larger, x_BxUxSxC[:, :, i], best_BxUxC)
+        place_BxUxC = jnp.where(larger, i, place_BxUxC)
+    return best_BxUxC, place_BxUxC
+
+
+def _largest_backward(run, place_BxUxC, ct_BxUxC):
+    return (jnp.where(place_BxUxC[:, :, None] == jnp.arange(run)[:, None], ct_BxUxC[:, :, None], 0),)
+
+
+_largest.defvjp(_largest_forward, _largest_backward)
 
 
 def position_weight(valid_Bx2: jax.Array, positions: int, size: int) -> jax.Array:

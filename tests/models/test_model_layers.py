@@ -50,6 +50,9 @@ def test_max_pool_and_weights():
     x = jnp.asarray([[-3.0, -1.0, -2.0, -9.0, 5.0, 6.0]])[:, :, None]
     occupied = jnp.asarray([[True, True, True, False, False, False]])
     assert np.array_equal(layers.max_pool(x, occupied, 2)[0, :, 0], [-1.0, -2.0, 0.0])
+    slope = jax.grad(lambda x: (layers.max_pool(x, occupied, 2)[0, :, 0] * jnp.asarray([2.0, 3.0, 4.0])).sum())
+    assert np.array_equal(slope(x)[0, :, 0], [0, 2, 3, 0, 0, 0])
+    assert np.array_equal(slope(jnp.ones_like(x))[0, :, 0], [2, 0, 3, 0, 0, 0])  # the first of equal ones
     weight = layers.position_weight(jnp.asarray([[3, 6], [0, 0]]), 4, 4)
     assert np.array_equal(weight, [[0.25, 1.0, 0.25, 0.0], [0, 0, 0, 0]])
     pooled = layers.pool(jnp.arange(8.0).reshape(2, 4, 1), weight)
