@@ -148,7 +148,7 @@ def test_a_probe_from_tables_to_rows(run_dir, tables):
     assert (base["paradigm"], base["n_records"], base["lr"], base["status"]) == ("untrained", 0, None, "done")
     assert json.loads((run_dir.path / "probes" / "ptbxl-main.json").read_text())["difference"] == got["difference"]
     text = "\n".join(report.result_lines(got))
-    assert "trained minus untrained" in text and "left out: never" in text and "macro ood_seen" in text
+    assert "trained minus untrained" in text and "note: never" in text and "macro ood_seen" in text
 
     # The baselines: nothing but prevalence is the prior, and no baseline beats the trained encoder.
     macro = {(e["model"], e["probe"]): e["macro"]["ood_seen"] for e in got["results"]}
