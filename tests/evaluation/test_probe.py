@@ -93,10 +93,10 @@ def tables():
 def run_dir(tmp_path, monkeypatch):
     info = {"scale": "gain", "crop": 1000, "labels": ["af", "LBBB"], "lineage": [{"dataset": "code15"}]}
     params = {"encoder": jnp.eye(12)}
-    encoder = features.Encoder("stub", params, info, features._digest("stub", params, info))
+    encoder = features.Encoder("stub", params, info, features.digest_of("stub", params, info))
     card = {"name": "ptbxl", "lineage": [{"dataset": "ptbxl", "contains": []}]}
     monkeypatch.setattr(features, "load", lambda run_dir: encoder)
-    monkeypatch.setattr(features, "_front", lambda encoder: Stub())
+    monkeypatch.setattr(features, "front_of", lambda encoder: Stub())
     monkeypatch.setattr(catalog, "open_folder", lambda path: SimpleNamespace(card=card))
     folder = tmp_path / "R4-s0"
     folder.mkdir()
