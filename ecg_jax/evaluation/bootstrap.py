@@ -56,15 +56,16 @@ class Estimate(NamedTuple):
     """A metric of one label or a macro: point; draws float64 [R]; support (patients of the rarer class); labels in it.
 
     error and t [R] are the standard error and the studentised draws (`influence.studentised`), None where the metric
-    has no influence values.
+    has no influence values; free, the degrees of freedom of an AUROC's error, else None.
     """
 
     point: float
     draws: np.ndarray
     support: float
     labels: int
-    error: float | None
-    t: np.ndarray | None
+    error: float | None = None
+    t: np.ndarray | None = None
+    free: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Spread:
     """One metric of one model: point float64 [K], draws float64 [R, K], support int [K] (patients of the rarer class).
 
     shares float64 [P, K], influence of each patient, and counts [P, R], how often a draw took it, where the metric
-    has them (BCE, Brier, AUROC).
+    has them (BCE, Brier, AUROC); errors and free float64 [K], of AUROC alone (`influence.Area`).
     """
 
     point: np.ndarray
@@ -80,6 +81,8 @@ class Spread:
     support: np.ndarray
     shares: np.ndarray | None = None
     counts: np.ndarray | None = None
+    errors: np.ndarray | None = None
+    free: np.ndarray | None = None
 
     @cached_property
     def _studentised(self) -> tuple[np.ndarray, np.ndarray]:
@@ -97,33 +100,42 @@ class Spread:
 
     def label(self, k: int) -> Estimate:
         """Column `k` alone."""
-        error, t = (None, None) if self.shares is None else (x[..., k] for x in self._studentised)
-        return Estimate(float(self.point[k]), self.draws[:, k], self.support[k], 1, error, t)
+        found = Estimate(float(self.point[k]), self.draws[:, k], self.support[k], 1)
+        if self.errors is not None:
+            return found._replace(error=float(self.errors[k]), free=float(self.free[k]))
+        if self.shares is None:
+            return found
+        error, t = (x[..., k] for x in self._studentised)
+        return found._replace(error=error, t=t)
 
     def macro(self, keep: np.ndarray | None = None) -> Estimate:
         """The mean over the labels `keep` (bool [K], default all) that have a value; NaN with none.
 
-        The support of a mean over labels is Welch and Satterthwaite's: few where one rare label makes the spread.
+        The support of a mean over labels is that of its rarest. An AUROC's error is that of the patients' mean shares,
+        times what the labels' own errors are to theirs; its degrees of freedom are Welch and Satterthwaite's: few where
+        one rare label makes the spread.
         """
         use = np.isfinite(self.point) if keep is None else np.isfinite(self.point) & keep
-        if not use.any():
-            return Estimate(float("nan"), np.full(len(self.draws), np.nan), 0, 0, None, None)
+        if use.sum() < 2:
+            nowhere = Estimate(float("nan"), np.full(len(self.draws), np.nan), 0, 0)
+            return self.label(int(np.argmax(use))) if use.any() else nowhere
         point = float(self.point[use].mean())
         deviation = self.draws[:, use] - self.point[use]
         kept = np.isfinite(deviation)
         total = np.where(kept, deviation, 0.0).sum(1)
         draws = point + np.divide(total, kept.sum(1), out=np.full(len(total), np.nan), where=kept.any(1))
-        error = t = None
-        if self.shares is not None:
-            error, t = (x[..., 0] for x in influence.studentised(self.shares[:, use].mean(1)[:, None], self.counts))
-        return Estimate(point, draws, _pooled(deviation, self.support[use]), int(use.sum()), error, t)
-
-
-def _pooled(deviation: np.ndarray, support: np.ndarray) -> float:
-    variance = np.var(np.where(np.isfinite(deviation), deviation, 0.0), axis=0)
-    if not variance.any():
-        return float(support.min())
-    return float(1 + variance.sum() ** 2 / (variance**2 / np.maximum(support - 1, 1)).sum())
+        found = Estimate(point, draws, self.support[use].min(), int(use.sum()))
+        if self.shares is None:
+            return found
+        mean = self.shares[:, use].mean(1)
+        if self.errors is None:
+            error, t = (x[..., 0] for x in influence.studentised(mean[:, None], self.counts))
+            return found._replace(error=error, t=t)
+        own, plain = self.errors[use] ** 2, (self.shares[:, use] ** 2).sum(0)
+        if not plain.any():
+            return found._replace(error=0.0, free=1.0)
+        free = own.sum() ** 2 / (own**2 / self.free[use]).sum()
+        return found._replace(error=float(np.sqrt((mean**2).sum() * own.sum() / plain.sum())), free=float(free))
 
 
 def spreads(
@@ -143,15 +155,23 @@ def spreads(
     points = m.evaluate(logits, labels, thresholds)
     draws = _ratio_draws(logits, labels, thresholds, resamples) | _ranking_draws(logits, labels, resamples)
     patients, counts = len(resamples.counts), resamples.counts
-    shares = influence.all_of(logits, labels, resamples.patient, patients)
-    support = _support(labels, resamples)
+    known, support = labels != m.UNKNOWN, _support(labels, resamples)
+    squared = np.where(known, (m.probability(logits) - labels) ** 2, 0.0)
+    shares = {
+        name: influence.of_mean(values, known, resamples.patient, patients)
+        for name, values in (("bce", m.losses(logits, labels)), ("brier", squared))
+    }
+    area = influence.of_auroc(logits, labels, resamples.patient, patients)
     found = {
         name: Spread(points[name], draws[name], support, shares.get(name), counts if name in shares else None)
         for name in m.METRICS
     }
+    found["auroc"] = Spread(
+        points["auroc"], draws["auroc"], support, area.shares, counts, errors=area.error, free=area.free
+    )
     if shift is not None:
         moved = logits + shift
-        loss, known = m.losses(moved, labels), labels != m.UNKNOWN
+        loss = m.losses(moved, labels)
         share = influence.of_mean(loss, known, resamples.patient, patients)
         point = m.bce(moved, labels)
         linear = np.concatenate([part.T @ share for part in _chunks(counts)]) / patients
@@ -233,23 +253,22 @@ def bootstrap_t(found: Estimate, level: float = 0.95) -> tuple[float, float]:
 
 
 def logit_t(found: Estimate, level: float = 0.95) -> tuple[float, float]:
-    """Student-t interval of an AUROC on the log odds, with DeLong's standard error over patients.
+    """Student-t interval of an AUROC on the log odds, with error and degrees of freedom of `influence.of_auroc`.
 
     It stays inside (0, 1) and is as lopsided as AUROC is. With few positives the plain percentile interval covers too
-    little; the scale, the factor m / (m - 1) on the variance and the t quantile mend that; m = `support`, the patients
-    of the rarer class. An AUROC of exactly 1 has no spread to measure. There, m patients all ranked right, the exact
-    binomial bound (alpha/2)^(1/m) is given instead (and its mirror image for 0).
+    little; the scale, the variance over patients and the t quantile mend that. An AUROC of exactly 1 has no spread to
+    measure. There, m patients of the rarer class (`support`) all ranked right, the exact binomial bound (alpha/2)^(1/m)
+    is given instead (and its mirror image for 0).
     """
-    point, support = found.point, found.support
+    point = found.point
     if not np.isfinite(point):
         return float("nan"), float("nan")
     if point >= 1 or point <= 0:
-        bound = ((1 - level) / 2) ** (1 / max(support, 1))
+        bound = ((1 - level) / 2) ** (1 / max(found.support, 1))
         return (bound, 1.0) if point >= 1 else (0.0, 1 - bound)
-    free = max(support - 1, 1)
     # Delta method for the spread on the log odds: a resample that ranks every pair right would lie at infinity.
-    spread = found.error * np.sqrt((free + 1) / free) / (point * (1 - point))
-    middle, reach = m.logit(np.array(point)), stdtrit(free, (1 + level) / 2) * spread
+    middle = m.logit(np.array(point))
+    reach = stdtrit(max(found.free, 1.0), (1 + level) / 2) * found.error / (point * (1 - point))
     low, high = m.probability(np.array([middle - reach, middle + reach]))
     return float(min(low, point)), float(max(high, point))
 
@@ -261,7 +280,7 @@ def interval(metric: str, found: Estimate, level: float = 0.95) -> tuple[float, 
     """(low, high) of `metric`: studentised bootstrap for losses, DeLong on the log odds for AUROC, percentiles for the
     rest; inside the metric's range.
     """
-    if metric == "auroc" and found.error is not None:
+    if metric == "auroc" and found.free is not None:
         low, high = logit_t(found, level)
     elif metric in LOSSES:
         low, high = bootstrap_t(found, level)

@@ -1,4 +1,4 @@
-"""Frozen features of a trained or an untrained encoder on a table of records, computed once and cached.
+"""Frozen features of a trained or an untrained encoder on a table of records, computed once on all devices and cached.
 
 The encoder sees what it saw in training: the same scale, the same crop length (centre crop), no randomness,
 float32. Nothing is fitted here and no label is read. The cache is named by the content of the encoder and of
@@ -16,6 +16,7 @@ from zipfile import BadZipFile
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ecg_jax import files, progress
 from ecg_jax.errors import DataError, DivergedError
@@ -42,7 +43,7 @@ def load(run_dir: Path) -> Encoder:
 
     config, tree, info = load_encoder(run_dir)
     params = {"encoder": tree}
-    return Encoder(config, params, info, _digest(config, params, info))
+    return Encoder(config, params, info, digest_of(config, params, info))
 
 
 def untrained(encoder: Encoder, seed: int = 0) -> Encoder:
@@ -51,8 +52,8 @@ def untrained(encoder: Encoder, seed: int = 0) -> Encoder:
     Randomness: `seed` only.
     """
     key = jax.random.split(jax.random.key(seed))[0]  # the other half is a head's
-    params = {"encoder": _front(encoder).init(key)}
-    return replace(encoder, params=params, digest=_digest(encoder.config, params, encoder.info))
+    params = {"encoder": front_of(encoder).init(key)}
+    return replace(encoder, params=params, digest=digest_of(encoder.config, params, encoder.info))
 
 
 def extract(
@@ -66,8 +67,9 @@ def extract(
 ) -> np.ndarray:
     """Features float32 [n, D] of the records of `table` (`shards.tables.Table`), the log gain last.
 
-    split names the cache file, `cache/<encoder>-<data>-<split>.npz` (record_ids, record_hash, group_hash,
-    features); data is `data_hash(table)` where the caller has it. Raises DataError for a unit that the
+    Every device of the process takes `batch` records at a time. split names the cache file,
+    `cache/<encoder>-<data>-<split>.npz` (record_ids, record_hash, group_hash, features); data is `data_hash(table)`
+    where the caller has it. Raises DataError for a unit that the
     encoder cannot take, DivergedError for features that are not finite.
     """
     check_unit(encoder, table)
@@ -133,7 +135,8 @@ def cropped(table: Any, length: int) -> Any:
     return replace(table, signal=signal, valid=span, rpeaks=peaks)
 
 
-def _digest(config: Any, params: Any, info: dict[str, Any]) -> str:
+def digest_of(config: Any, params: Any, info: dict[str, Any]) -> str:
+    """sha256 in hex of everything that decides the features of an encoder."""
     seen = config, info["scale"], info["crop"], info.get("beats", "robust"), info.get("slots", 0)
     digest = hashlib.sha256(repr(seen).encode())
     for path, leaf in sorted((jax.tree_util.keystr(p), v) for p, v in jax.tree_util.tree_leaves_with_path(params)):
@@ -143,7 +146,8 @@ def _digest(config: Any, params: Any, info: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _front(encoder: Encoder) -> Any:
+def front_of(encoder: Encoder) -> Any:
+    """The encoder behind its input (`objectives.front`): float32, no randomness, `features(params, batch)`."""
     from ecg_jax.objectives import front
 
     info = encoder.info
@@ -169,18 +173,21 @@ def peaks(table: Any, mode: str) -> np.ndarray:
 
 
 def _compute(encoder: Encoder, table: Any, split: str, batch: int) -> np.ndarray:
-    n = len(table.record_ids)
+    n, devices = len(table.record_ids), np.array(jax.local_devices())
     if not n:
         raise DataError(f"no record in the {split} split: nothing to probe")
-    front = _front(encoder)
-    forward, params = _forward(front), jax.device_put(encoder.params)
+    mesh = Mesh(devices, ("records",))
+    whole, split_up = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("records")))
+    front = front_of(encoder)
+    forward, params = _forward(front), jax.device_put(encoder.params, whole)
     held = {"signal": table.signal, "valid": table.valid}
     if front.on_beats:
         held["rpeaks"] = peaks(table, front.mode)
-    done, pending = [], None
+    done, pending, batch = [], None, batch * len(devices)
     for start in progress.track(range(0, n, batch), f"features of {split}", unit="batches"):
         rows = np.minimum(np.arange(start, start + batch), n - 1)  # one shape, so one compile
-        dispatched = forward(params, {name: values[rows] for name, values in held.items()})
+        part = jax.device_put({name: values[rows] for name, values in held.items()}, split_up)
+        dispatched = forward(params, part)
         if pending is not None:
             done.append(np.asarray(pending, np.float32))  # read the step before, while this one runs
         pending = dispatched

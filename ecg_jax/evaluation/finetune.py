@@ -41,7 +41,7 @@ def fit(
 
     Randomness: the order of the records in each epoch, from `seed`. Raises DivergedError for a loss that is not finite.
     """
-    front = features._front(encoder)
+    front = features.front_of(encoder)
     names = ["signal", "valid"] + ["rpeaks"] * front.on_beats
     held = {
         which: {name: features.peaks(t, front.mode) if name == "rpeaks" else getattr(t, name) for name in names}
@@ -102,7 +102,7 @@ def fit(
             break
     best = jax.device_get(best)
     tree = {"encoder": best["encoder"] | {name: encoder.params["encoder"][name] for name in running}}
-    tuned = replace(encoder, params=tree, digest=features._digest(encoder.config, tree, encoder.info))
+    tuned = replace(encoder, params=tree, digest=features.digest_of(encoder.config, tree, encoder.info))
     weights, bias = (np.asarray(part, np.float64) for part in best["head"])
     ended = len(curve) - 1 - best_epoch >= patience
     return tuned, linear.Probe(start.mean, start.scale, weights, bias, best_epoch, best_loss, np.array(curve), ended)

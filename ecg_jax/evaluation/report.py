@@ -48,7 +48,7 @@ def result_lines(report: Mapping[str, Any]) -> list[str]:
         what = f"trained minus {entry['against']}, {entry['probe']}, seed {entry['seed']}{_share(entry)}, paired"
         lines.append(what)
         lines.append(_line("macro", {name: row | {"value": row["difference"]} for name, row in macros.items()}, "+"))
-    lines += [f"left out: {name}: {reason}" for name, reason in report["left_out"].items()]
+    lines += [f"note: {name}: {reason}" for name, reason in report["left_out"].items()]
     evals = (
         f"rows in {report['evals']}"
         if report["evals"]
@@ -147,8 +147,7 @@ def _spread(file: Path, label: str | None, metric: str, resamples: int, cache: d
         cache[file] = bootstrap.spreads(held["logits"], held["labels"], nowhere, drawn)[metric], held
     spread, held = cache[file]
     names = held["label_names"].tolist()
-    positive, known = (held["labels"] == 1).sum(0), (held["labels"] >= 0).sum(0)
-    keep = np.minimum(positive, known - positive) >= LEAST if label is None else np.array([n == label for n in names])
+    keep = (held["labels"] == 1).sum(0) >= LEAST if label is None else np.array([n == label for n in names])
     return spread, keep & np.isfinite(spread.point)
 
 

@@ -2,8 +2,8 @@
 intervals.
 
 A floor is the loss of the Bayes probabilities that a simulated set carries, on exactly the records scored; a
-prior is the loss there of the constant predictor at the training prevalences. A label with fewer than `least` records
-of either class is told, and is in no macro. Fits and selects nothing.
+prior is the loss there of the constant predictor at the training prevalences. A label with fewer than `least` positive
+records is too few: told, and in no macro. One with fewer negatives is told and stays. Fits and selects nothing.
 Invariant: a value that does not exist has no entry and no row; it is never a NaN or a 0.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from ecg_jax.evaluation import bootstrap, calibration, metrics, tasks
 
-LEAST = 10  # records of either class below which a probe's label is too rare for a macro
+LEAST = 10  # positive records below which a probe's label is too rare for a macro
 LOGGED = ("bce", "auroc", "ap", "f1")  # rows of the eval log; the report has every metric
 
 
@@ -31,12 +31,12 @@ class ScoredSet:
         level: float,
         least: int = 0,
     ) -> None:
-        """least: records of either class that a label needs to be in a macro."""
+        """least: positive records that a label needs to be in a macro."""
         self.names, self.of_labels, self.level, self.least = names, of_labels, level, least
         self.groups = tasks.by_domain(of_labels)
         self.known, self.positive = metrics.n_known(test.labels), metrics.n_positive(test.labels)
         self.any_known = {d: int((test.labels[:, m] != metrics.UNKNOWN).any(1).sum()) for d, m in self.groups.items()}
-        self.few = np.minimum(self.positive, self.known - self.positive) < least
+        self.few = self.positive < least
         self.shift = calibration.prevalence_shift(test.labels, train_prevalence)
         self.labels = test.labels
         constant = np.broadcast_to(metrics.logit(train_prevalence), test.labels.shape)
@@ -107,17 +107,20 @@ class ScoredSet:
         return rows
 
     def left_out(self) -> dict[str, str]:
-        """Labels that are not in every metric or not in the macros, and why."""
+        """Labels that are not in every metric or not in the macros, and why; also those with few negatives."""
         reasons = {}
         for k, name in enumerate(self.names):
             if not self.known[k]:
                 reasons[name] = "unknown in every test record: in no metric"
             elif self.positive[k] in (0, self.known[k]):
                 which = "positive" if not self.positive[k] else "negative"
-                reasons[name] = f"no {which} test record: only in BCE and Brier" + (", too few" if self.least else "")
+                reasons[name] = f"no {which} test record: only in BCE and Brier" + ", too few" * bool(self.few[k])
             elif self.few[k]:
-                counts = f"{self.positive[k]} positive and {self.known[k] - self.positive[k]} negative test records"
-                reasons[name] = f"too few: {counts}, fewer than {self.least} of one class: in no macro"
+                reasons[name] = (
+                    f"too few: {self.positive[k]} positive test records, fewer than {self.least}: in no macro"
+                )
+            elif (negative := self.known[k] - self.positive[k]) < self.least:
+                reasons[name] = f"only {negative} negative test records: in the macros, its interval rests on them"
         return reasons
 
 

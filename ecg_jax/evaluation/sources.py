@@ -1,9 +1,9 @@
 """What a probe is put on: the encoder of a run, its untrained twin, features made elsewhere, and rows that give a table
-its meaning (`BASELINES`: prevalence alone, age and sex, these with the rhythm, the length of the recording).
+its meaning (`BASELINES`: prevalence alone, age and sex, these with rate, PR, QRS and QT, the length of the recording).
 
-A source gives features for a table of records and says what it has seen; it fits nothing. PR, QRS and QT are not
-measured anywhere in the shards, so the third baseline has rate and its spread from the stored R peaks and no intervals
-within a beat. Invariant: a `Model`'s digest is a hash of everything that decides its features.
+A source gives features for a table of records and says what it has seen; it fits nothing. Rate and its spread are those
+of the stored R peaks, the intervals are measured on the stored signal (`records.delineate`); what is not to be measured
+is 0 with an indicator. Invariant: a `Model`'s digest is a hash of everything that decides its features.
 """
 
 import hashlib
@@ -16,9 +16,11 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from ecg_jax import progress
 from ecg_jax.errors import DataError
 from ecg_jax.evaluation import evalog
 from ecg_jax.evaluation import features as frozen
+from ecg_jax.records import delineate
 
 PROJECTED = 64  # dimensions that all rungs are projected to
 ABOUT = ("run", "architecture", "paradigm", "n_params", "n_records", "lineage")  # what F.npz may say of its maker
@@ -156,21 +158,26 @@ def _age_sex(table: Any) -> np.ndarray:
 
 
 def _rhythm(table: Any) -> np.ndarray:
-    """Rate; mean, SD, shortest and longest RR interval in seconds, of the stored R peaks; 0 where there are none."""
-    out = np.zeros((len(table.record_ids), 6))
+    """Rate in Hz; mean, SD, shortest, longest and median RR interval in seconds, of the stored R peaks; PR, QRS, QT,
+    and QT corrected after Fridericia (1920), in seconds. Each with its indicator; 0 where there is none.
+    """
+    out = np.full((len(table.record_ids), 10), np.nan)
     if table.rpeaks is None:
-        return out
-    for i, peaks in enumerate(np.asarray(table.rpeaks, np.int64)):
+        return np.concatenate([_filled(column) for column in out.T], axis=1)
+    for i, peaks in progress.track(list(enumerate(np.asarray(table.rpeaks, np.int64))), "intervals", unit="records"):
         gaps = np.diff(peaks[peaks >= 0]) / 100
         if len(gaps):
-            out[i] = 1, 1 / gaps.mean(), gaps.mean(), gaps.std(), gaps.min(), gaps.max()
-    return out
+            start, length = table.valid[i]
+            wave = np.array(delineate.intervals(table.signal[i], peaks, start, length)) / 1000
+            out[i, :6] = 1 / gaps.mean(), gaps.mean(), gaps.std(), gaps.min(), gaps.max(), np.median(gaps)
+            out[i, 6:] = *wave, wave[2] / np.cbrt(np.median(gaps))
+    return np.concatenate([_filled(column) for column in out.T], axis=1)
 
 
 BASELINES: Mapping[str, Callable[[Any], np.ndarray]] = {
     "prevalence": lambda table: np.zeros((len(table.record_ids), 1)),
     "age and sex": _age_sex,
-    "age, sex and RR": lambda table: np.concatenate([_age_sex(table), _rhythm(table)], axis=1),
+    "age, sex, rate, PR, QRS, QT": lambda table: np.concatenate([_age_sex(table), _rhythm(table)], axis=1),
     "valid length": lambda table: _length(table),
 }
 

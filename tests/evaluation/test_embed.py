@@ -105,7 +105,7 @@ def test_the_example_reads_the_same_encoder_without_the_training_code(run_dir):
     whole = example.read(run_dir)
     got = jax.jit(lambda signal, valid: example.features(*whole, signal, valid))(signal, valid)
     encoder = features.load(run_dir)
-    want = jax.jit(features._front(encoder).features)(encoder.params, {"signal": signal, "valid": valid})
+    want = jax.jit(features.front_of(encoder).features)(encoder.params, {"signal": signal, "valid": valid})
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 

@@ -24,7 +24,7 @@ def test_it_starts_at_the_probe_and_never_ends_worse_on_validation(data):
     arch = ladder.get("Td1")
     params = {"encoder": jax.device_get(front.make(arch, scale="gain", crop=500).init(jax.random.key(1)))}
     info = {"scale": "gain", "crop": 500, "labels": [], "lineage": []}
-    encoder = features.Encoder(arch, params, info, features._digest(arch, params, info))
+    encoder = features.Encoder(arch, params, info, features.digest_of(arch, params, info))
     split = {
         name: linear.Split(features.extract(encoder, t, name), t.labels, t.record_hash) for name, t in data.items()
     }

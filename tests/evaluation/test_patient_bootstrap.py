@@ -135,7 +135,11 @@ def test_influence_values_are_the_slope_of_the_metric_in_a_patients_weight():
     logits, labels, groups = simulated(n=60, patients=25)
     logits = np.round(logits, 1)  # ties
     patients, patient = np.unique(groups, return_inverse=True)
-    shares = influence.all_of(logits, labels, patient, len(patients))
+    known, number = labels != m.UNKNOWN, len(patients)
+    shares = {
+        "auroc": influence.of_auroc(logits, labels, patient, number).shares,
+        "bce": influence.of_mean(m.losses(logits, labels), known, patient, number),
+    }
     step = 1e-6
     for i in range(len(patients)):
         weight = np.ones((len(patients), 1))
@@ -153,14 +157,31 @@ def test_influence_values_are_the_slope_of_the_metric_in_a_patients_weight():
         np.testing.assert_allclose(values.mean(0), 0, atol=1e-12)
 
 
-def test_delong_is_the_published_variance_where_every_patient_has_one_record():
+def test_the_error_of_an_area_is_the_published_one_where_every_patient_has_one_record():
     rng = np.random.default_rng(2)
-    scores, labels = np.round(rng.normal(size=(50, 1)), 1), (np.arange(50) < 17).astype(np.int8)[:, None]
-    shares = influence.of_auroc(scores + labels, labels, np.arange(50), 50)
-    s, y = (scores + labels)[:, 0], labels[:, 0] == 1
+    labels = (np.arange(50) < 17).astype(np.int8)[:, None]
+    scores = np.round(rng.normal(size=(50, 1)), 1) + labels
+    area = influence.of_auroc(scores, labels, np.arange(50), 50)
+    s, y = scores[:, 0], labels[:, 0] == 1
     wins = (s[y][:, None] > s[~y]) + 0.5 * (s[y][:, None] == s[~y])
-    want = wins.mean(1).var() / 17 + wins.mean(0).var() / 33  # with n in place of n - 1, as an influence value has it
-    assert (shares**2).mean() / 50 == pytest.approx(want, rel=1e-12)
+    delong = wins.mean(1).var() / 17 + wins.mean(0).var() / 33  # with n in place of n - 1, as an influence value has it
+    assert (area.shares**2).mean() / 50 == pytest.approx(delong, rel=1e-12)
+    twice = (wins.var() - wins.mean(1).var() - wins.mean(0).var()) / (17 * 33)
+    unbiased = wins.mean(1).var(ddof=1) / 17 + wins.mean(0).var(ddof=1) / 33 - twice
+    assert area.error[0] ** 2 == pytest.approx(unbiased, rel=1e-12)
+    assert 5 < area.free[0] < 48
+
+
+def test_an_area_is_as_unsure_as_its_placements_are_skewed():
+    """The same 20 positives: at 0.6 the variance of their placements is well known, at 0.95 a few of them make it."""
+    rng = np.random.default_rng(0)
+    noise, labels = rng.normal(size=(220, 1)), (np.arange(220) < 20).astype(np.int8)[:, None]
+    low, high = (influence.of_auroc(noise + gap * labels, labels, np.arange(220), 220) for gap in (0.36, 2.3))
+    assert high.free[0] < 0.7 * low.free[0]
+    copied = influence.of_auroc(*(np.tile(x, (3, 1)) for x in (noise, labels)), np.tile(np.arange(220), 3), 220)
+    alone = influence.of_auroc(noise, labels, np.arange(220), 220)
+    assert copied.error[0] == pytest.approx(alone.error[0], rel=0.01)
+    assert copied.free[0] == pytest.approx(alone.free[0])
 
 
 def test_the_corrected_loss_takes_a_shift_of_prevalence_away():

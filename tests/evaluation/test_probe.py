@@ -93,10 +93,10 @@ def tables():
 def run_dir(tmp_path, monkeypatch):
     info = {"scale": "gain", "crop": 1000, "labels": ["af", "LBBB"], "lineage": [{"dataset": "code15"}]}
     params = {"encoder": jnp.eye(12)}
-    encoder = features.Encoder("stub", params, info, features._digest("stub", params, info))
+    encoder = features.Encoder("stub", params, info, features.digest_of("stub", params, info))
     card = {"name": "ptbxl", "lineage": [{"dataset": "ptbxl", "contains": []}]}
     monkeypatch.setattr(features, "load", lambda run_dir: encoder)
-    monkeypatch.setattr(features, "_front", lambda encoder: Stub())
+    monkeypatch.setattr(features, "front_of", lambda encoder: Stub())
     monkeypatch.setattr(catalog, "open_folder", lambda path: SimpleNamespace(card=card))
     folder = tmp_path / "R4-s0"
     folder.mkdir()
@@ -148,7 +148,7 @@ def test_a_probe_from_tables_to_rows(run_dir, tables):
     assert (base["paradigm"], base["n_records"], base["lr"], base["status"]) == ("untrained", 0, None, "done")
     assert json.loads((run_dir.path / "probes" / "ptbxl-main.json").read_text())["difference"] == got["difference"]
     text = "\n".join(report.result_lines(got))
-    assert "trained minus untrained" in text and "left out: never" in text and "macro ood_seen" in text
+    assert "trained minus untrained" in text and "note: never" in text and "macro ood_seen" in text
 
     # The baselines: nothing but prevalence is the prior, and no baseline beats the trained encoder.
     macro = {(e["model"], e["probe"]): e["macro"]["ood_seen"] for e in got["results"]}

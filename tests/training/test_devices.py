@@ -58,11 +58,38 @@ def _child() -> None:
             out[name]["sums"] = np.asarray(sums).tolist()
     out["imported"] = [name for name in ("tensorflow", "orbax", "matplotlib") if name in sys.modules]
     out["moved"] = _moved(Path(sys.argv[1]), state, hyper, seed, inputs)
+    out["features"] = _features(table)
     try:
         mesh.make(8, 3)
     except UsageError as error:
         out["refused"] = str(error)
     print(json.dumps(out))
+
+
+def _features(table):
+    """(devices that had records, features) of a frozen encoder, on all devices and on one."""
+    import jax
+    import numpy as np
+
+    from ecg_jax.evaluation import features
+    from ecg_jax.models import ladder
+    from ecg_jax.objectives import supervised
+
+    arch = ladder.get("Td1")
+    params = supervised.make(arch, 3, crop=200).init(jax.random.key(0), {"prior": np.full(3, 0.3, np.float32)})
+    encoder = features.Encoder(arch, {"encoder": params["encoder"]}, {"scale": "gain", "crop": 200}, "")
+    used, put, devices = [0], jax.device_put, jax.local_devices()
+
+    def watched(x, where):
+        used.append(where.num_devices * bool(where.spec))
+        return put(x, where)
+
+    jax.device_put, out = watched, []
+    for present in (devices, devices[:1]):
+        jax.local_devices = lambda present=present: present
+        found = features.extract(encoder, table, "val", batch=8).tolist()
+        out.append((used[-1], found))
+    return out
 
 
 def _moved(folder, state, hyper, seed, inputs):
@@ -137,6 +164,13 @@ def test_no_device_asks_another_for_records(result):
 def test_evaluation_is_the_same_on_any_number(result):
     for a, b in zip(result["eight"]["sums"], result["one"]["sums"], strict=True):
         assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_frozen_features_are_computed_on_all_devices_and_are_the_same(result):
+    (many, ours), (one, alone) = result["features"]
+    assert (many, one) == (DEVICES, 1) and len(ours) == 160
+    for a, b in zip(ours, alone, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
 
 
 def test_a_number_that_does_not_divide_the_lanes_is_refused(result):
