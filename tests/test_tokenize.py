@@ -233,7 +233,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(data, book, quick_codes, monkeyp
         def dying(target, content, stop=stop, written=written):
             if len(written) == stop:  # half a file lies there, under its other name
                 target.parent.mkdir(exist_ok=True)
-                target.with_name(target.name + ".part").write_bytes(b"half")
+                target.with_name(target.name + ".0badcafe.part").write_bytes(b"half")
                 raise Killed
             written.append(target)
             write(target, content)
