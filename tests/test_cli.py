@@ -3,12 +3,14 @@
 import errno
 import importlib
 import json
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from ecg_jax import cli, errors
+from ecg_jax import cli, errors, stops
 from ecg_jax.commands import runs, study
 from ecg_jax.datasets import DATASETS
 
@@ -124,6 +126,24 @@ def test_doctor_speaks_json(capsys):
     assert {"python", "packages", "devices", "machine", "caches", "problems"} <= set(result)
     assert code == (5 if result["problems"] else 0)
     assert result["devices"]
+
+
+@pytest.mark.parametrize("number", stops.SIGNALS)
+def test_a_signal_before_anything_is_begun_says_to_run_it_again(number, capfd):
+    """As during an import: at once, with the code that means "go on", by whatever leaves the process."""
+    before, codes = [signal.getsignal(each) for each in stops.SIGNALS], []
+    with stops.at_once(codes.append):
+        signal.raise_signal(number)
+    assert codes == [75] and capfd.readouterr().err.count("run it again to go on\n") == 1
+    assert before == [signal.getsignal(each) for each in stops.SIGNALS]
+
+
+def test_planning_a_study_loads_no_jax(tmp_path):
+    config = Path(__file__).parents[1] / "configs" / "study.toml"
+    code = f"import sys, ecg_jax.cli as c; c.main(['sweep', {str(config)!r}, '--out', 'x', '--dry-run', '--json']); "
+    code += "sys.exit(bool({'jax', 'tensorflow'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0 and len(json.loads(done.stdout)["runs"]) > 120 and not list(tmp_path.iterdir())
 
 
 def test_importing_the_package_and_asking_for_help_load_nothing_heavy():

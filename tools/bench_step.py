@@ -48,6 +48,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ecg_jax import config as config_lib
 from ecg_jax import objectives
 from ecg_jax.config import OptimConfig
 from ecg_jax.models import flops, ladder, vqhbr
@@ -367,8 +368,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.against and (args.objective, args.input or "signal") != ("supervised", "signal"):
         sys.exit("--against torch is there for --objective supervised on the signal")
-    if args.objective != "codebook" and not args.devices:
-        runtime.spread(ladder.get(args.rung[0]), 8)
+    if not args.devices:
+        trained = ["objective.name=codebook"] if args.objective == "codebook" else [f"model.rung={args.rung[0]}"]
+        runtime.spread(config_lib.override(config_lib.Config(), trained))
     for rung in ["VQ-HBR"] if args.objective == "codebook" else args.rung:
         if rung in ladder.RUNGS and ladder.get(rung).family == "transformer" and args.norm != "group":
             sys.exit(f"--norm {args.norm} is for ResNets, {rung} is a Transformer")

@@ -14,7 +14,7 @@ def codebook(commands) -> None:
         "  ecg-jax codebook --import heartlang.pth --out books/heartlang"
     )
     what = "a codebook of heartbeats (VQ-HBR): trained on shards, or out of HeartLang's published weights"
-    parser = add(commands, "codebook", what, example, _run_codebook)
+    parser = add(commands, "codebook", what, example, _run_codebook, goes_on=True)
     parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG.toml", help="(default: HeartLang's sizes)")
     parser.add_argument("--data", type=Path, action="append", default=[], metavar="DIR", help="data folder; repeat")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run and codebook folder; resumes")

@@ -4,11 +4,14 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 
+from ecg_jax import stops
 from ecg_jax.errors import UsageError
 
 
-def add(commands, name: str, help: str, example: str, run: Callable) -> argparse.ArgumentParser:
-    """The parser of one subcommand; `run(args)` returns its exit code, None for 0."""
+def add(commands, name: str, help: str, example: str, run: Callable, goes_on: bool = False) -> argparse.ArgumentParser:
+    """The parser of one subcommand; `run(args)` returns its exit code, None for 0. goes_on: the same command takes up
+    what SIGTERM or SIGINT ended, from the first import on.
+    """
     parser = commands.add_parser(
         name,
         help=help,
@@ -16,8 +19,16 @@ def add(commands, name: str, help: str, example: str, run: Callable) -> argparse
         epilog=f"example:\n  ecg-jax {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_stoppable(run) if goes_on else run)
     return parser
+
+
+def _stoppable(run: Callable) -> Callable:
+    def inside(args: argparse.Namespace) -> int:
+        with stops.at_once():
+            return run(args)
+
+    return inside
 
 
 def key_values(pairs: Sequence[str]) -> dict[str, str]:

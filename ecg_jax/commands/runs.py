@@ -10,7 +10,9 @@ from ecg_jax.errors import EcgJaxError
 
 def train(commands) -> None:
     example = "train configs/supervised_ptbxl.toml --run runs/R4 model.rung=R4 optim.lr=1e-3"
-    parser = add(commands, "train", "train one encoder; resumes if the run folder exists", example, _run_train)
+    parser = add(
+        commands, "train", "train one encoder; resumes if the run folder exists", example, _run_train, goes_on=True
+    )
     several = "sbatch --nodes=2 tools/launch_slurm.sh CONFIG.toml --run DIR   (TPU: tools/launch_tpu.sh)"
     parser.epilog += f"\n\nseveral hosts:\n  {several}"
     parser.add_argument("config", type=Path, metavar="CONFIG.toml")
@@ -24,13 +26,11 @@ def _run_train(args: argparse.Namespace) -> int:
     from ecg_jax import config
 
     resolved = config.load(args.config, args.overrides + args.rest)
-    from ecg_jax.models import ladder
-    from ecg_jax.training import hosts, runtime
+    from ecg_jax.training import folder, hosts, runtime
     from ecg_jax.training.loop import train
 
-    several = any(map(os.environ.get, hosts.VARIABLES))  # which share the machine's cores between them
-    if not (several or resolved.train.devices or resolved.objective.name == "codebook"):
-        runtime.spread(ladder.get(resolved.model.rung), resolved.train.lanes)
+    if not any(map(os.environ.get, hosts.VARIABLES)):  # several processes share the machine's cores between them
+        runtime.spread(resolved, folder.devices(args.run_dir))
     try:
         summary = train(resolved, args.run_dir)
     except EcgJaxError as error:

@@ -15,7 +15,7 @@ def sweep(commands) -> None:
         "--slurm timeout_min=1440"
     )
     what = "a grid of runs with learning-rate trials and probes; the same command goes on after any kill"
-    parser = add(commands, "sweep", what, example, _run_sweep)
+    parser = add(commands, "sweep", what, example, _run_sweep, goes_on=True)
     parser.add_argument("config", type=Path, metavar="CONFIG.toml")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="runs, trials, runs.csv; begun or not")
     parser.add_argument("overrides", nargs="*", metavar="table.key=value")

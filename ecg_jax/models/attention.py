@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ecg_jax.errors import UsageError, did_you_mean
+from ecg_jax.models.ladder import ATTENTIONS as IMPLS
 
-IMPLS = ("auto", "xla", "matmul", "chunked", "cudnn")
 HIDDEN = -1e30  # logit of a token that may not be attended to
 CHUNK_BYTES_PER_CORE = 4 << 20  # scores of the records handled at once, float32; about a core's second-level cache
 

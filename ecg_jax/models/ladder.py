@@ -8,10 +8,10 @@ network.
 import dataclasses
 
 from ecg_jax.errors import UsageError, did_you_mean
-from ecg_jax.models.attention import IMPLS as ATTENTIONS
 from ecg_jax.records.windows import WINDOW
 
 NORMS = ("group", "batch")
+ATTENTIONS = ("auto", "xla", "matmul", "chunked", "cudnn")  # see `attention`
 REMATS = ("none", "dots", "block")
 WORLDS = ("auto", "signal", "beats")
 

@@ -37,9 +37,10 @@ DEVICES = {  # name: (start of JAX's device_kind, GiB)
     "tpu-v5e": ("TPU v5e", 16.0),
     "tpu-v5p": ("TPU v5p", 95.0),
 }
-# Two cores of an Intel Xeon with AVX-512 in float32: 400 and 62 ECG/s of R4 and R8 (README), in FLOP/s.
+# Two cores of an Intel Xeon with AVX-512 in float32, in FLOP/s. Measured with `tools/bench_step.py`, 1e11: R2 0.47,
+# R4 0.92, R8 2.6, T2 0.48, T4 0.90, T8 1.5, T11 1.8; of a band the geometric mean of those in it and at its edges.
 CPU = "two-cores"
-CPU_FLOPS = {"resnet1d": (0.6e11, 1.8e11, 2.5e11), "transformer": (0.6e11, 1.2e11, 1.5e11)}
+CPU_FLOPS = {"resnet1d": (0.66e11, 1.5e11, 2.6e11), "transformer": (0.66e11, 1.2e11, 1.6e11)}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Device:
         """Where its numbers are from."""
         given = f"measured for {', '.join(self.measured)}; for the rest " if self.measured else ""
         if self.name == CPU:
-            return given + "two cores of a Xeon with AVX-512, extrapolated from the README's R4 and R8"
+            return given + "two cores of a Xeon with AVX-512, measured for R2, R4, R8, T2, T4, T8 and T11"
         shares = [f"{name} {', '.join(f'{share:.0%}' for share in bands)}" for name, bands in MFU.items()]
         assumed = f"assumed, not measured: of the bfloat16 peak, rungs to 4, 8, 12: {'; '.join(shares)}"
         return f"{given}{assumed}; at most {STEPS_PER_SECOND:g} steps/s; {OVERHEAD:g} s around every run"

@@ -4,7 +4,8 @@
     runs/NAME            run folders, for `ecg-jax fit`
     runs-DATA/NAME       those of further data sets, apart, since no law mixes them
     trials/NAME          run folders of learning-rate trials
-    runs.csv             the results table (`table`)
+    runs.csv             what became of each (`table`)
+    results.csv          the eval logs of runs/ in one, for `ecg-jax fit`; results-DATA.csv those of runs-DATA/
     claims/NAME.lock     held (flock) by the worker that has the job; says which process that is
     failures/NAME.json   why a job failed and how often; emptied by every new launch
     logs/                what workers print
@@ -46,6 +47,7 @@ class Folder:
         self._finished: dict[str, dict[str, Any]] = {}  # summaries of jobs that were found finished
         self._outcomes: dict[str, float] = {}
         self._prices: dict[tuple, float] = {}
+        self._planned: list[Job] | None = None
 
     @classmethod
     def open(cls, root: Path) -> "Folder":
@@ -59,11 +61,22 @@ class Folder:
     def begin(self) -> None:
         """Make the folder, write what is swept, forget failures. Raises MachineError where the disk refuses."""
         said = {"path": str(self.sweep.path), "tree": self.sweep.tree}
-        files.write(self.root / SPEC, json.dumps(said, indent=1) + "\n")
-        for name in ("claims", "failures", "logs"):
-            (self.root / name).mkdir(exist_ok=True)
-        for path in (self.root / "failures").glob("*.json"):
-            path.unlink(missing_ok=True)
+        try:
+            for name in ("claims", "failures", "logs"):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MachineError(f"cannot make {self.root}: {error.strerror or error}") from error
+        with self.alone():
+            files.write(self.root / SPEC, json.dumps(said, indent=1) + "\n")
+            for path in (self.root / "failures").glob("*.json"):
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While inside, no other process writes what belongs to no job."""
+        with open(self.root / "claims" / ".sweep.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     # ------------------------------------------------------------------------------------------ what is done
 
@@ -78,7 +91,10 @@ class Folder:
 
     def jobs(self) -> list[Job]:
         """All jobs as the trials stand now, in their order."""
-        return jobs_lib.plan(self.sweep, self.outcome, self._prices)
+        open_trials = (j.name for j in self._planned or () if j.kind == "trial" and j.name not in self._outcomes)
+        if self._planned is None or any(self.outcome(name) is not None for name in open_trials):
+            self._planned = jobs_lib.plan(self.sweep, self.outcome, self._prices)
+        return self._planned
 
     def outcome(self, trial: str) -> float | None:
         """See `jobs.Outcome`."""
@@ -179,7 +195,8 @@ class Folder:
         attempts = before.get("attempts", 0) + 1 if before.get("reached") == reached else 1
         final = attempts >= (DEATHS if code < 0 else TRIES if code == MACHINE else 1)
         said = {"error": error, "code": code, "attempts": attempts, "reached": reached, "final": final}
-        files.write(self.root / "failures" / f"{job.name}.json", json.dumps(said) + "\n")
+        with self.alone():
+            files.write(self.root / "failures" / f"{job.name}.json", json.dumps(said) + "\n")
 
     def _reached(self, job: Job) -> int:
         found = [int(path.name) for path in (self.place(job) / "checkpoints").glob("*") if path.name.isdigit()]

@@ -6,6 +6,7 @@ workers of this machine, once, and waits for them; workers in Slurm go on withou
 with 0 has seen that nothing is left to begin.
 """
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -21,8 +22,8 @@ from typing import Any
 
 from ecg_jax import errors
 from ecg_jax.errors import DataError, EcgJaxError, InterruptedRun, MachineError, UsageError
+from ecg_jax.sweep import cost, table
 from ecg_jax.sweep import jobs as jobs_lib
-from ecg_jax.sweep import table
 from ecg_jax.sweep.folder import Folder
 from ecg_jax.sweep.jobs import Job
 from ecg_jax.sweep.spec import Sweep
@@ -40,6 +41,7 @@ class Slot:
     cores: str | None = None
     process: subprocess.Popen | None = field(default=None, repr=False)
     log: Path | None = None
+    told: bool = False  # to stop
 
 
 def sweep(
@@ -165,8 +167,9 @@ class Crew:
 
     def _start(self, i: int, slot: Slot) -> None:
         slot.log = self.folder.root / "logs" / f"worker-{os.getpid()}-{i}.log"
-        command = [sys.executable, "-m", "ecg_jax.sweep.work", str(self.folder.root)]
+        command = [sys.executable, "-m", "ecg_jax.sweep.work", str(self.folder.root), "--launcher", str(os.getpid())]
         command += ["--cores", slot.cores] if slot.cores else []
+        slot.told = False
         with open(slot.log, "ab") as log:  # a session of its own: Ctrl-C comes to the launcher, which passes it on once
             slot.process = subprocess.Popen(
                 command, env=os.environ | dict(slot.env), stdout=log, stderr=log, start_new_session=True
@@ -174,6 +177,8 @@ class Crew:
 
     def poll(self, jobs: Sequence[Job], stopping: bool) -> bool:
         """Whether any worker lives; one that died is replaced, unless `stopping`, and its death noted."""
+        if stopping:
+            self.stop(signal.SIGTERM)  # again, for one that was just being started
         for i, slot in enumerate(self.places):
             if slot.process is None or (code := slot.process.poll()) is None:
                 continue
@@ -191,9 +196,14 @@ class Crew:
         return any(slot.process for slot in self.places)
 
     def stop(self, number: int) -> None:
-        """Send a signal to all workers."""
+        """Send a signal to all workers; SIGTERM once, since a second one would end them before they have saved."""
         for slot in self.places:
-            if slot.process is not None and slot.process.poll() is None:
+            if (
+                slot.process is not None
+                and slot.process.poll() is None
+                and not (slot.told and number == signal.SIGTERM)
+            ):
+                slot.told = True
                 slot.process.send_signal(number)
 
 
@@ -227,14 +237,18 @@ def _follow(folder: Folder, crew: Any, quiet: bool) -> dict[str, str]:
     with _signals(crew) as stop, shown:
         try:
             crew.start()
-            lives = True
+            lives, told = True, False
             while lives:
+                looked = time.monotonic()
                 planned = folder.jobs()
                 lives = crew.poll(planned, stop.number is not None)
                 states = folder.states(planned)
                 shown.update(planned, states)
+                if stop.number is not None and not told:
+                    told = True
+                    shown.say(f"{signal.Signals(stop.number).name}: workers save and stop; once more to stop at once")
                 if lives:
-                    time.sleep(POLL)
+                    time.sleep(max(POLL, 10 * (time.monotonic() - looked)))
             planned = folder.jobs()  # what the last to end has decided
             states = folder.states(planned)
             shown.update(planned, states)
@@ -242,6 +256,7 @@ def _follow(folder: Folder, crew: Any, quiet: bool) -> dict[str, str]:
             crew.stop(signal.SIGTERM)
             raise
     table.write(folder, table.rows(folder, planned, states), wait=True)
+    table.write_results(folder)
     if stop.number is not None:
         name = signal.Signals(stop.number).name
         raise InterruptedRun(f"{folder.root}: {name}: {table.tally(planned, states)}; run it again to go on")
@@ -253,13 +268,14 @@ class _Display:
 
     def __init__(self, folder: Folder, quiet: bool) -> None:
         self.folder, self.quiet, self.before, self.live = folder, quiet, {}, None
+        self.began, self.most = time.monotonic(), functools.cache(self._most)
 
     def __enter__(self) -> "_Display":
         if not self.quiet and sys.stderr.isatty():
             from rich.console import Console
             from rich.live import Live
 
-            self.live = Live(console=Console(stderr=True), auto_refresh=False)
+            self.live = Live(console=Console(stderr=True, highlight=False), auto_refresh=False)
             self.live.start()
         return self
 
@@ -269,20 +285,35 @@ class _Display:
 
     def update(self, planned: Sequence[Job], states: dict[str, str]) -> None:
         changed = [job for job in planned if self.before.get(job.name, "waiting") != states[job.name]]
+        told = ("diverged", "failed") if self.live is not None else (*table.ENDED, "running", "interrupted")
+        for job in changed if self.before else ():
+            if states[job.name] in told:
+                self.say(table.line(self.folder, job, states[job.name]))
+        head = table.tally(planned, states)
         if self.live is not None:
-            self.live.update(table.live(self.folder, planned, states), refresh=True)
-        elif not self.quiet and self.before:
-            for job in changed:
-                if states[job.name] in (*table.ENDED, "running", "interrupted"):
-                    print(
-                        f"{time.strftime('%H:%M:%S')} {table.line(self.folder, job, states[job.name])}", file=sys.stderr
-                    )
-        elif not self.quiet:
-            print(table.tally(planned, states), file=sys.stderr)
+            spent = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - self.began))
+            shown = table.live(self.folder, planned, states, f"{head}, {spent} since the start", self.most)
+            self.live.update(shown, refresh=True)
+        elif not self.before:
+            self.say(head)
         if changed or not self.before:
             table.write(self.folder, table.rows(self.folder, planned, states))
-            sys.stderr.flush()
         self.before = states
+
+    def say(self, text: str) -> None:
+        """A line that stays, above what is live."""
+        text = f"{time.strftime('%H:%M:%S')} {text}"
+        if self.live is not None:
+            self.live.console.print(text, markup=False, soft_wrap=True)
+        elif not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def _most(self, job: Job) -> int:
+        """Steps of a job at most, 0 where it has none."""
+        sweep = self.folder.sweep
+        if job.kind == "codebook":
+            return sweep.book.run.recipe.steps
+        return cost.estimate(sweep, job.cell, cost.device("h200")).steps[1] if job.cell else 0
 
 
 def _result(folder: Folder, states: dict[str, str]) -> dict[str, Any]:
@@ -305,6 +336,7 @@ def _result(folder: Folder, states: dict[str, str]) -> dict[str, Any]:
         "states": {state: list(states.values()).count(state) for state in table.STATES if state in states.values()},
         "jobs": len(planned),
         "table": str(folder.root / table.NAME),
+        "results": [str(path) for path in sorted(folder.root.glob("results*.csv"))],
         "edges": jobs_lib.at_edges(folder.sweep, folder.outcome),
     }
 
@@ -313,4 +345,5 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
     """What `sweep` gives, for a reader."""
     counted = ", ".join(f"{number} {state}" for state, number in result["states"].items())
     edges = [f"! {line}" for line in result["edges"]]
-    return [f"{result['jobs']} jobs: {counted}", *edges, f"table: {result['table']}", f"runs: {result['out']}/runs/*"]
+    fits = [f"laws: ecg-jax fit {path} --out {result['out']}/report" for path in result["results"][:1]]
+    return [f"{result['jobs']} jobs: {counted}", *edges, f"table: {result['table']}", *fits]

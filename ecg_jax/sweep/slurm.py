@@ -17,6 +17,8 @@ from ecg_jax.errors import InterruptedRun, MachineError, UsageError
 from ecg_jax.sweep.folder import Folder
 from ecg_jax.sweep.jobs import Job
 
+REQUEUES = 1000  # of a task whose time was up: a study takes many days, and submitit's own limit is three
+
 
 class Worker:
     """What a task of the array runs; pickled by submitit."""
@@ -35,8 +37,16 @@ class Worker:
             came.append(frame)
             os.kill(os.getpid(), signal.SIGTERM)  # which saves the run under way
 
+        def leave(code: int) -> None:
+            try:
+                if came and callable(out_of_time):
+                    out_of_time(signal.SIGUSR2, came[0])
+            except SystemExit as ended:
+                code = ended.code if isinstance(ended.code, int) else code
+            os._exit(code & 0xFF)
+
         signal.signal(signal.SIGUSR2, near_the_end)
-        code = work.main([str(self.root)])
+        code = work.main([str(self.root)], leave)
         if code == InterruptedRun.exit_code and came and callable(out_of_time):
             out_of_time(signal.SIGUSR2, came[0])
         return code
@@ -60,7 +70,8 @@ class Crew:
             raise UsageError(f"--workers {workers}: give 1 or more")
         self.workers, self.folder, self.tasks = workers, folder, []
         try:
-            self.executor = submitit.AutoExecutor(folder.root / "logs" / "slurm-%j", cluster=cluster)
+            logs = folder.root / "logs" / "slurm-%j"
+            self.executor = submitit.AutoExecutor(logs, cluster=cluster, slurm_max_num_timeout=REQUEUES)
             self.executor.update_parameters(**{"name": "ecg-jax-sweep"} | dict(parameters))
         except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
             raise UsageError(f"--launcher slurm: {' '.join(str(error).split())}") from None

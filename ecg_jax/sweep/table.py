@@ -1,7 +1,10 @@
-"""The results table of a sweep (`runs.csv`), and what is shown while it goes on.
+"""The tables of a sweep, and what is shown while it goes on.
 
-A row for each trial and run, in the order of the jobs. Invariant: but for `seconds`, the finished table is the same
-however often the sweep was killed on its way.
+    runs.csv             what became of each trial and run, a row each, in the order of the jobs
+    results.csv          the eval log of all runs that have ended, for `ecg-jax fit`
+    results-DATA.csv     that of a further data set
+
+Invariant: but for `seconds`, the finished tables are the same however often the sweep was killed on its way.
 """
 
 import csv
@@ -9,7 +12,7 @@ import fcntl
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from ecg_jax import files
 from ecg_jax.sweep import cells
 from ecg_jax.sweep.folder import Folder
 from ecg_jax.sweep.jobs import Job
+from ecg_jax.training.folder import METRICS
 
 NAME = "runs.csv"
 STATES = ("done", "unconverged", "diverged", "failed", "running", "interrupted", "ready", "waiting")
@@ -56,6 +60,24 @@ def write(folder: Folder, found: Sequence[dict[str, Any]], wait: bool = False) -
         files.write(folder.root / NAME, text.getvalue())
 
 
+def write_results(folder: Folder) -> list[Path]:
+    """Write the eval logs of all runs that have ended, a table for each data set that has any; returns their paths."""
+    from ecg_jax.evaluation import evalog
+
+    written = []
+    for runs in sorted(folder.root.glob("runs*/")):
+        ended = sorted(path.parent for path in runs.glob(f"*/{evalog.NAME}"))
+        if ended:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, list(evalog.FIELDS), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(evalog.read(ended))
+            written.append(folder.root / f"{runs.name.replace('runs', 'results', 1)}.csv")
+            with folder.alone():
+                files.write(written[-1], text.getvalue())
+    return written
+
+
 def tally(jobs: Sequence[Job], states: dict[str, str]) -> str:
     """ "31 of 64 ended (30 done, 1 diverged), 2 running, ..."."""
     number = Counter(states.values())
@@ -78,26 +100,40 @@ def line(folder: Folder, job: Job, state: str) -> str:
     return ", ".join([f"{job.name}: {state}", *known, *([f"{seconds:.0f} s"] if seconds else [])])
 
 
-def live(folder: Folder, jobs: Sequence[Job], states: dict[str, str]) -> Any:
-    """For a terminal: jobs by family and state, and where the running ones are (a rich renderable)."""
+SHOWN = {"done": STATES[:2], "diverged": STATES[2:3], "failed": STATES[3:4], "running": STATES[4:5], "left": STATES[5:]}
+
+
+def live(folder: Folder, jobs: Sequence[Job], states: dict[str, str], head: str, most: Callable[[Job], int]) -> Any:
+    """For a terminal (a rich renderable): `head`, where the running jobs are and their steps at `most`, and jobs by
+    family. Fits 80 columns. What matters most is on top, since a low terminal cuts the end off.
+    """
     from rich.console import Group
     from rich.table import Table
 
+    def columns(first: str, *rest: str) -> Table:
+        made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        made.add_column(first, no_wrap=True, overflow="ellipsis")
+        for name in rest:
+            made.add_column(name, justify="right", no_wrap=True)
+        return made
+
+    running = columns("running", "step", "at most", "train", "best val")
+    for job in (job for job in jobs if states[job.name] == "running"):
+        now = _latest(folder.place(job) / METRICS)
+        steps = (f"{now['step']:,}" if "step" in now else "", f"{most(job):,}" if most(job) else "")
+        losses = ("" if now.get(name) is None else f"{now[name]:.4f}" for name in ("train/loss", "val/best"))
+        running.add_row(job.name, *steps, *losses)
     counted: dict[str, Counter] = {}
     for job in jobs:
-        family = f"{job.kind}s {' '.join(job.cell.family)}" if job.cell else "stages"
+        data = f"{job.cell.data} " if job.cell and len(folder.sweep.data) > 1 else ""
+        family = f"{data}{job.kind}s {' '.join(job.cell.family)}" if job.cell else "stages"
         counted.setdefault(family, Counter())[states[job.name]] += 1
-    shown = [state for state in STATES if any(number[state] for number in counted.values())]
-    by_family = Table("", *shown, box=None)
-    for family, number in counted.items():
-        by_family.add_row(family, *(str(number[state] or "") for state in shown))
-    running = Table("running", "step", "train loss", "val", "best val", box=None)
-    for job in jobs:
-        if states[job.name] == "running":
-            now = _latest(folder.place(job) / "metrics.jsonl")
-            values = (now.get(name) for name in ("train/loss", "val/loss", "val/best"))
-            running.add_row(job.name, str(now.get("step", "")), *("" if v is None else f"{v:.4f}" for v in values))
-    return Group(by_family, running, tally(jobs, states))
+    sums = {family: [sum(n[state] for state in group) for group in SHOWN.values()] for family, n in counted.items()}
+    there = [i for i in range(len(SHOWN)) if any(row[i] for row in sums.values())]
+    by_family = columns("", *(list(SHOWN)[i] for i in there))
+    for family, row in sums.items():
+        by_family.add_row(family, *(str(row[i] or "") for i in there))
+    return Group(head, *([running] if running.row_count else []), by_family)
 
 
 def _latest(path: Path) -> dict[str, Any]:

@@ -19,25 +19,26 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ecg_jax import files
+from ecg_jax import files, stops
 from ecg_jax.errors import DivergedError, EcgJaxError, InterruptedRun, MachineError
 
 POLL = 1.0  # seconds between looks for a job while others hold what one waits for
 PR_SET_PDEATHSIG = 1
 
-_signals: list[str] = []  # that came, should a library have swallowed the exception that they raise
-
 
 def work(root: Path) -> int:
     """Work on the sweep in `root` until nothing is left to begin; returns how many jobs were done.
 
-    Raises InterruptedRun on SIGTERM or SIGINT, MachineError where a job ended in one.
+    Raises InterruptedRun on SIGTERM or SIGINT while training, MachineError where a job ended in one.
     """
     from ecg_jax.sweep.folder import Folder
+    from ecg_jax.training import runtime
 
+    runtime.spread()
     folder, done = Folder.open(root), 0
     while True:
         planned = folder.jobs()
@@ -52,25 +53,24 @@ def work(root: Path) -> int:
                 if folder.finished(job) or folder.failure(job).get("final"):
                     break  # by somebody else, a moment ago
                 try:
-                    _heed()
                     _do(folder, job)
-                except (InterruptedRun, MachineError, KeyboardInterrupt) as error:
+                except (InterruptedRun, MachineError) as error:
                     if isinstance(error, MachineError):
                         folder.failed(job, str(error), error.exit_code)
                     raise
                 except EcgJaxError as error:
                     folder.failed(job, str(error), error.exit_code)
                 except Exception as error:
-                    _heed()
                     traceback.print_exc()
                     folder.failed(job, f"a bug: {error!r}; its traceback is in {folder.root / 'logs'}", 1)
                 done += 1
+            if stops.heard:  # when the run was all but over
+                raise InterruptedRun(f"{stops.heard[0]}: stopped after {job.name}; the same sweep goes on")
             gc.collect()
             break
         else:
             if "running" not in states.values():
                 return done
-            _heed()
             time.sleep(POLL * random.uniform(0.5, 1.0))
 
 
@@ -95,7 +95,6 @@ def _do(folder: Any, job: Any) -> None:
         return
     if job.source and not where.exists():
         _copy(folder.root / "trials" / job.source, where)
-    _heed()
     try:
         summary = train(configure(sweep, job.cell, job.lr, job.base_width), where, quiet=True)
     except DivergedError:
@@ -133,43 +132,29 @@ def _name(where: Path, name: str, trial: int, summary: dict[str, Any]) -> None:
     files.write(where / folder.SUMMARY, json.dumps(summary | {"run": name, "trial": trial}, indent=2) + "\n")
 
 
-def _stop(number: int, frame: Any) -> None:
-    """Between runs and in probes; while training, its own handler saves first."""
-    _signals.append(signal.Signals(number).name)
-    _heed()
-
-
-def _heed() -> None:
-    if _signals:
-        raise InterruptedRun(f"{_signals[0]}: stopped; the same sweep goes on")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The program; returns its exit code."""
+def main(arguments: list[str] | None = None, leave: Callable[[int], object] = os._exit) -> int:
+    """The program; returns its exit code, and calls `leave` with it where SIGTERM or SIGINT come between runs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("root", type=Path)
     parser.add_argument("--cores", help="that it may use, as 0,1")
+    parser.add_argument("--launcher", type=int, help="process whose end is a SIGTERM for this one")
     args = parser.parse_args(arguments)
-    if sys.platform == "linux":  # a launcher that is killed takes its workers along
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if args.cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, [int(core) for core in args.cores.split(",")])  # before JAX counts them
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _stop)
-        work(args.root)
-    except EcgJaxError as error:
-        print(f"ecg-jax: error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except Exception:
-        if not _signals:
-            raise
-        return InterruptedRun.exit_code  # a library made an error of its own out of ours, an import for one
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # it is ending already
-    return 0
+    with stops.at_once(leave):
+        if args.launcher and sys.platform == "linux":  # a launcher that is killed takes its workers along
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != args.launcher:  # it was quicker
+                return InterruptedRun.exit_code
+        if args.cores and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, [int(core) for core in args.cores.split(",")])  # before JAX counts them
+        try:
+            work(args.root)
+        except EcgJaxError as error:
+            print(f"ecg-jax: error: {error}", file=sys.stderr, flush=True)
+            return error.exit_code
+        return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # all is written; the threads of libraries have nothing to say that is worth a signal in between

@@ -61,6 +61,14 @@ def begun(run_dir: Path) -> bool:
     return (log.exists() and log.stat().st_size > 0) or (run_dir / SUMMARY).exists()
 
 
+def devices(run_dir: Path) -> int:
+    """On how many devices the run of the folder was begun, where it says so, else 0."""
+    try:
+        return json.loads((run_dir / CONFIG).read_text())["train"]["devices"] if begun(run_dir) else 0
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0  # `adopt` says what is wrong with it
+
+
 def adopt(run_dir: Path, config: Config) -> Config:
     """The configuration to run with: `config`, with what `auto` meant when the folder was begun.
 

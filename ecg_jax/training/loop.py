@@ -86,9 +86,15 @@ def _train(
     # ------------------------------------------------------------------------------------------------ runtime
     runtime.setup(config.train.cache_dir)
     clock = metrics.Clock()
-    mesh = mesh_lib.make(config.train.lanes, config.train.devices, config.train.fsdp)
+    held = folder.devices(run_dir)
+    mesh = mesh_lib.make(config.train.lanes, runtime.share(config, held), config.train.fsdp)
     everywhere = mesh_lib.replicated(mesh)
     cpu = mesh_lib.on_cpu(mesh)
+    if cpu and hosts.count() == 1:  # goes into the folder: on as many, the run that goes on has the same bits
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, devices=mesh.size))
+        if held not in (0, mesh.size) and not quiet:
+            note = f"begun on {held} devices, going on on {mesh.size}: the same to 1e-5, not to the bit"
+            print(f"{run_dir}: {note}", file=sys.stderr)
     block = cpu and mesh.size > 1  # an unbounded queue deadlocks the collectives of simulated devices
     scan = not cpu and config.train.steps_per_dispatch > 1  # convolutions in a loop are pathological on CPU
 

@@ -44,7 +44,7 @@ class Log:
             raise DataError(f"{path} has {size} bytes, {offset} expected: lines are missing; delete the run folder")
         self._file = open(path, "ab")
         if hosts.first():
-            self._file.truncate(offset)
+            self._file.seek(self._file.truncate(offset))  # else `offset` tells the old end until something is written
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; flushed, so that the file can be followed. Raises MachineError where the disk refuses."""

@@ -18,9 +18,12 @@ from types import FrameType
 
 import jax
 
+from ecg_jax import config as config_lib
+from ecg_jax import stops
 from ecg_jax.errors import InterruptedRun
 from ecg_jax.models import ladder
-from ecg_jax.models.ladder import Config, ResNet1dConfig
+from ecg_jax.models.ladder import ResNet1dConfig
+from ecg_jax.shards.grouping import LANES
 
 WIDE = 32  # channels of a ResNet's first stage from which its convolutions fill all cores of a CPU
 LARGE = 20e6  # parameters of a Transformer from which updating them on every device costs more than it wins
@@ -95,22 +98,48 @@ def _processor() -> str:
     return f"{platform.machine()}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
 
 
-def spread(arch: Config, lanes: int) -> None:
-    """Split the batches of `arch` over the cores of this process, a CPU device each, where that is faster.
+def spread(config: config_lib.Config | None = None, held: int = 0) -> None:
+    """Give this process the CPU devices that a run of `config` takes (None: of anything, one for each core), or `held`,
+    if that is not 0: as many as the run to be gone on with was begun on.
 
-    To be called before JAX has devices; after that, or where XLA_FLAGS says how many there are, it changes nothing.
-    Nor does it matter beside a GPU or TPU. Measured, ms of a train step with one and with two devices on two cores:
-    R4 86 and 72, T4 216 and 192, T8 1458 and 1224; but R6 216 and 209, R7 586 and 709, R8 497 and 798: the wide
-    convolutions are products so large that they fill all cores by themselves. And T11, at four records a step, takes a
-    quarter longer with two, since each device updates all parameters.
+    To be called before JAX has devices; after that, or where XLA_FLAGS or JAX_NUM_CPU_DEVICES say how many there are,
+    it changes nothing. Nor does it matter beside a GPU or TPU.
     """
-    large = arch.width >= WIDE if isinstance(arch, ResNet1dConfig) else ladder.count(arch) > LARGE
-    if large or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    devices = max(n for n in range(1, lanes + 1) if lanes % n == 0 and n <= cores)
-    with contextlib.suppress(RuntimeError):  # JAX has its devices
-        jax.config.update("jax_num_cpu_devices", devices)
+    if not _given():
+        with contextlib.suppress(RuntimeError):  # JAX has its devices
+            jax.config.update("jax_num_cpu_devices", held or _fastest(config, cores))
+
+
+def share(config: config_lib.Config, held: int = 0) -> int:
+    """Over how many devices a run is split, 0 for all: as many as it asks for; where it asks for none, in one process
+    and on CPUs, as many as it was begun on (`held`) if they are here, else one or all, whichever is faster.
+    """
+    asked = config.train.devices
+    if asked or config.train.fsdp > 1 or _given() or jax.default_backend() != "cpu" or jax.process_count() > 1:
+        return asked
+    return held if 0 < held <= jax.device_count() else _fastest(config, jax.device_count())
+
+
+def _fastest(config: config_lib.Config | None, most: int) -> int:
+    """Of at most `most` CPU devices, a core each.
+
+    Measured, ms of a train step on one and on two devices of two cores: R4 86 and 72, T4 216 and 192, T8 1458 and 1224;
+    but R6 216 and 209, R7 586 and 709, R8 497 and 798: the wide convolutions are products so large that they fill all
+    cores by themselves. And T11, at four records a step, takes a quarter longer with two, since each device updates all
+    parameters. R8 on one of two devices, as in a process that has further runs to do, takes 3 % longer.
+    """
+    if config and config.objective.name == "codebook":
+        return 1
+    arch = ladder.get(config.model.rung) if config else None
+    large = arch and (arch.width >= WIDE if isinstance(arch, ResNet1dConfig) else ladder.count(arch) > LARGE)
+    return 1 if large else max(n for n in range(1, LANES + 1) if LANES % n == 0 and n <= most)
+
+
+def _given() -> bool:
+    """Whether somebody has said how many CPU devices there are to be."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return "xla_force_host_platform_device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ
 
 
 class Stop:
@@ -150,6 +179,7 @@ def stop_signals(where: str = "") -> Iterator[Stop]:
         if stop.signal:
             end(128 + number, f"{name}: stopped at once")
         stop.signal = name
+        stops.heard.append(name)
         clocks.append(threading.Timer(GRACE, too_late))
         clocks[0].daemon = True
         clocks[0].start()

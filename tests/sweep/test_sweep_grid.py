@@ -142,7 +142,7 @@ def test_the_study_is_planned_without_data(tmp_path, monkeypatch):
             assert {f"{architecture[0].upper()}{n}" for n in range(1, 9)} <= {
                 r["rung"] for r in mine if r["input"] == world
             }
-        small = {(run["rung"], run["input"], run["subset"]) for run in mine if run["subset"] < 0.1}
+        small = {(run["rung"], run["input"], run["subset"]) for run in mine if run["subset"] <= 0.1}
         places = {(run["rung"], run["input"], run["subset"], run["offset"]) for run in mine}
         assert all((*cell, offset) in places for cell in small for offset in (0.0, 1 / 3, 2 / 3))
         assert max(run["seed"] for run in mine) == 2

@@ -1,6 +1,7 @@
 """Real workers in processes of their own: killed, stopped, run twice at once, through submitit: one table."""
 
 import csv
+import io
 import json
 import os
 import signal
@@ -9,12 +10,15 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
-from ecg_jax.errors import DataError, MachineError, UsageError
+from ecg_jax import stops
+from ecg_jax.errors import DataError, DivergedError, InterruptedRun, MachineError, UsageError
 from ecg_jax.evaluation import evalog
 from ecg_jax.scaling import table as fit_table
-from ecg_jax.sweep import launch, spec, table
+from ecg_jax.sweep import launch, spec, table, work
 from ecg_jax.sweep.folder import Folder
+from ecg_jax.training import loop, runtime
 
 
 def start(toml, out, environment, *words):
@@ -56,7 +60,7 @@ def test_all_of_it(undisturbed):
     out, result = undisturbed
     rows = final(out)
     assert [(row["kind"], row["status"]) for row in rows] == [("trial", "done")] * 2 + [("run", "done")] * 2
-    assert result["states"] == {"done": 4} and f"runs: {out}/runs/*" in launch.result_lines(result)
+    assert result["states"] == {"done": 4} and result["table"] == str(out / "runs.csv")
     best = min(rows[:2], key=lambda row: float(row["val"]))
     assert {row["lr"] for row in rows[2:]} == {best["lr"]}, "chosen on val"
     (same,) = (row for row in rows[2:] if row["n_records"] == best["n_records"])
@@ -66,7 +70,9 @@ def test_all_of_it(undisturbed):
     assert {row["run"] for row in trained} == {row["run"] for row in rows[2:]}
     assert {(row["run"], str(row["trial"])) for row in trained} == {(row["run"], row["trial"]) for row in rows[2:]}
     assert {row["task"] for row in log} == {"pretrain", "code"}
-    assert len(fit_table.read(sorted((out / "runs").iterdir())).rows) >= 2, "fit reads the folders"
+    assert result["results"] == [str(out / "results.csv")] and evalog.read(out / "results.csv") == log
+    assert any(f"ecg-jax fit {out / 'results.csv'}" in line for line in launch.result_lines(result))
+    assert len(fit_table.read([out / "results.csv"]).rows) >= 2, "fit reads the table"
 
 
 def test_killed_stopped_and_by_two_launchers_to_the_same_table(undisturbed, toml, environment, tmp_path):
@@ -91,6 +97,8 @@ def test_killed_stopped_and_by_two_launchers_to_the_same_table(undisturbed, toml
         _, progress = process.communicate(timeout=240)
         assert process.returncode == 0, progress
     assert final(out) == final(undisturbed[0])
+    assert (out / "results.csv").read_bytes() == (undisturbed[0] / "results.csv").read_bytes()
+    assert not any("Traceback" in path.read_text() for path in (out / "logs").iterdir())
     for path in (out / "runs").glob("*/metrics.jsonl"):
         assert path.read_bytes() == (undisturbed[0] / "runs" / path.parent.name / path.name).read_bytes()
 
@@ -137,19 +145,31 @@ def test_deaths_are_counted_from_the_last_checkpoint_and_errors_are_final(tiny, 
         launch._result(folder, folder.states(folder.jobs()))
 
 
-def test_diverged_stays_diverged_and_counts_as_ended(changed, tmp_path):
-    sweep = changed(tunings=())
+def test_a_diverged_run_is_kept_and_what_is_finished_is_not_begun_again(changed, tmp_path, monkeypatch):
+    sweep = changed(tunings=(), probes=())
     folder = Folder(tmp_path, sweep)
     folder.begin()
-    planned = folder.jobs()
-    for job in planned:
-        place = folder.place(job)
-        place.mkdir(parents=True)
-        said = {"status": "diverged", "trial": 0, "losses": {"val": None}, "step": 3}
-        (place / "summary.json").write_text(json.dumps(said))
-    states = folder.states(planned)
-    assert set(states.values()) == {"diverged"}
-    assert launch._result(folder, states)["states"] == {"diverged": 2}
+    begun = []
+
+    def train(config, where, quiet):
+        begun.append(where.name)
+        status = "diverged" if len(begun) == 1 else "done"
+        row = {"run": where.name, "architecture": "transformer", "paradigm": "SL", "n_params": 1, "n_records": 1}
+        row |= {"dataset": "d", "task": "pretrain", "metric": "bce", "value": None, "status": status, "step": 3}
+        evalog.append(where / "evals.jsonl", [row | ({"value": 0.5} if status == "done" else {})])
+        said = {"status": status, "losses": {"val": None}, "step": 3}
+        (where / "summary.json").write_text(json.dumps(said))
+        if status == "diverged":
+            raise DivergedError("too many steps were not finite")
+        return said
+
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(Folder, "open", lambda root: Folder(root, sweep))
+    monkeypatch.setattr(runtime, "spread", lambda: None)
+    assert work.work(tmp_path) == 2 and work.work(tmp_path) == 0 and len(begun) == 2
+    states = Folder(tmp_path, sweep).states(folder.jobs())
+    assert list(states.values()) == ["diverged", "done"]
+    assert launch._result(folder, states)["states"] == {"done": 1, "diverged": 1}
 
 
 def test_what_is_missing_is_said_before_anything_is_begun(toml, tmp_path):
@@ -162,6 +182,71 @@ def test_what_is_missing_is_said_before_anything_is_begun(toml, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="holds no sweep"):
         Folder.open(tmp_path)
+
+
+def test_a_signal_at_the_very_end_of_a_run_stops_the_worker(changed, tmp_path, monkeypatch):
+    """Training hears it and ends as if nothing had been; the next job is not begun."""
+    sweep = changed(tunings=())
+    folder = Folder(tmp_path, sweep)
+    folder.begin()
+    done = []
+
+    def do(_, job):
+        done.append(job.name)
+        with runtime.stop_signals():
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(work, "_do", do)
+    monkeypatch.setattr(stops, "heard", [])
+    monkeypatch.setattr(runtime, "spread", lambda: None)
+    with pytest.raises(InterruptedRun, match="SIGTERM: stopped after"):
+        work.work(tmp_path)
+    assert len(done) == 1
+
+
+def test_every_worker_is_told_to_stop_once(tiny, tmp_path):
+    """A second SIGTERM would end it before it has saved; one that was just being started is told later."""
+    told = []
+
+    class Process:
+        pid = 1
+
+        def poll(self):
+            return None
+
+        send_signal = told.append
+
+    folder = Folder(tmp_path, tiny)
+    crew = launch.Crew(folder, [launch.Slot({}), launch.Slot({})])
+    crew.places[0].process = Process()
+    crew.stop(signal.SIGTERM)
+    crew.places[1].process = Process()
+    assert crew.poll([], stopping=True) and crew.poll([], stopping=True)
+    assert told == [signal.SIGTERM] * 2
+    crew.stop(signal.SIGKILL)
+    assert told[2:] == [signal.SIGKILL] * 2
+
+
+def test_what_is_shown_fits_80_columns_and_says_where_runs_are(changed, tmp_path):
+    sweep = changed(grid={"architectures": ("resnet1d", "transformer")})
+    folder = Folder(tmp_path, sweep)
+    folder.begin()
+    planned = folder.jobs()
+    states = dict.fromkeys((job.name for job in planned), "waiting")
+    running, other = planned[0], planned[1]
+    states |= {running.name: "running", other.name: "diverged", planned[2].name: "unconverged"}
+    folder.place(running).mkdir(parents=True)
+    lines = [{"step": 8, "val/best": 0.5}, {"step": 10, "train/loss": 0.25}]
+    (folder.place(running) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = io.StringIO()
+    Console(file=out, width=80).print(table.live(folder, planned, states, "3 of 8", lambda job: 24))
+    head, columns, where, families, *rows = out.getvalue().splitlines()
+    assert head == "3 of 8" and max(map(len, out.getvalue().splitlines())) <= 80
+    assert columns.split() == ["running", "step", "at", "most", "train", "best", "val"]
+    assert where.split() == [running.name, "10", "24", "0.2500", "0.5000"]
+    assert families.split() == ["done", "diverged", "running", "left"], "nothing failed"
+    counted = {tuple(row.split()[:4]): row.split()[4:] for row in rows}
+    assert counted["trials", "resnet1d", "SL", "signal"] and counted["runs", "resnet1d", "SL", "signal"] == ["2"]
 
 
 def test_slots():

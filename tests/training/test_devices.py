@@ -177,28 +177,29 @@ def test_a_number_that_does_not_divide_the_lanes_is_refused(result):
     assert "train.devices = 3" in result["refused"] and "1, 2, 4, 8" in result["refused"]
 
 
-@pytest.mark.parametrize(
-    ("rung", "cores", "flags", "devices"),
-    [
-        ("R4", {0, 1, 2, 3, 4, 5}, "", 4),
-        ("R8", {0, 1}, "", 1),
-        ("T11", {0, 1}, "", 1),
-        ("T8", {0, 1}, "", 2),
-        ("T8", {0, 1}, "--xla_force_host_platform_device_count=3", 3),
-    ],
-)
-def test_a_run_on_cpu_is_spread_over_the_cores_where_that_is_faster(rung, cores, flags, devices):
-    code = f"""
+RULE = """
 import os
-os.sched_getaffinity = lambda _: {cores!r}
-from ecg_jax.models import ladder
+os.sched_getaffinity = lambda _: {0, 1, 2, 3, 4, 5}
+from ecg_jax import config
 from ecg_jax.training import runtime
-runtime.spread(ladder.get({rung!r}), 8)
+runtime.spread()
 import jax
-print(jax.device_count())
-runtime.spread(ladder.get("T1"), 8)  # too late: changes nothing, says nothing
-print(jax.device_count())
+jax.devices()
+runtime.spread(held=2)  # too late: changes nothing, says nothing
+def share(*words, held=0):
+    return runtime.share(config.override(config.Config(), words), held)
+print(jax.device_count(), *(share(f"model.rung={rung}") for rung in ("R4", "R8", "T8", "T11")), end=" ")
+print(share("objective.name=codebook"), share("model.rung=T8", held=2), share("model.rung=T8", held=8), end=" ")
+print(share("model.rung=R8", "train.devices=2", held=1))
 """
+
+
+@pytest.mark.parametrize(
+    ("flags", "shares"),
+    [("", [4, 4, 1, 4, 1, 1, 2, 4, 2]), ("--xla_force_host_platform_device_count=3", [3, *[0] * 7, 2])],
+)
+def test_a_run_on_cpu_is_spread_over_the_cores_where_that_is_faster(flags, shares):
+    """Of six cores: four devices, of which a run takes all or one; or as many as it was begun on, or asks for."""
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
-    assert done.stdout.split() == [str(devices)] * 2, done.stderr
+    done = subprocess.run([sys.executable, "-c", RULE], capture_output=True, text=True, env=env, timeout=120)
+    assert list(map(int, done.stdout.split())) == shares, done.stderr

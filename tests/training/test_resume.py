@@ -12,7 +12,7 @@ import pytest
 import tiny_run
 
 from ecg_jax.errors import DataError, InterruptedRun
-from ecg_jax.training import loop
+from ecg_jax.training import loop, metrics
 
 PLATEAU = (
     "recipe.kind=plateau",
@@ -101,6 +101,17 @@ def test_no_readable_checkpoint_is_an_error(toy, tables, tmp_path, monkeypatch):
     _damage(tmp_path / "run" / "checkpoints" / "5", "truncate")
     with pytest.raises(DataError, match="can be read; delete the run folder"):
         loop.train(config, tmp_path / "run", tables=tables, quiet=True)
+
+
+def test_a_log_that_was_cut_back_ends_where_it_was_cut(tmp_path):
+    """Whoever saves before the next line is written remembers that place, not the old end."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"{}\n" * 3)
+    log = metrics.Log(path, 3)
+    assert log.offset() == 3
+    log.write({})
+    log.close()
+    assert path.read_bytes() == b"{}\n" * 2
 
 
 def _damage(checkpoint: Path, how: str) -> None:
