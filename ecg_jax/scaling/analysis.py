@@ -23,6 +23,7 @@ from ecg_jax.scaling.solve import LOSSES, Fit, fit_law
 
 FORMS = ("auto", *choice.TWO, "kaplan0", *choice.ONE, "m1", "m2", "data-constrained")
 PROFILED = ("E", "alpha", "beta", "RD", "RN")
+DRAWS_UNIDENTIFIED = 200  # for numbers that are flagged and printed nowhere
 LEAST_FOR_FLOOR = 4  # distinct sizes before a one-variable law may have its own floor
 
 
@@ -156,18 +157,18 @@ def analyse(runs: RunSet, options: Options, noise: SeedNoise | None, chosen: cho
     fitted = _fit(runs, law, options, noise)
     conditions += identify.loss_conditions(runs, fitted, noise)
     drawn, ends = None, {}
+    known = identify.Identification(tuple(conditions))
     if options.bootstrap:
         drawn = bootstrap.draw(
             fitted,
             runs.log_x(law.variables),
             runs.loss,
             bootstrap.cell_keys(runs.n_params, runs.n_records),
-            draws=options.bootstrap,
+            draws=options.bootstrap if known.identified else min(options.bootstrap, DRAWS_UNIDENTIFIED),
             seed=options.seed,
             kind=bootstrap.choose_kind(runs.n_params, runs.n_records),
         )
         ends = intervals.parameter_intervals(fitted, drawn, level=options.level)
-    known = identify.Identification(tuple(conditions))
     weak: tuple[str, ...] = ()
     if known.identified and options.bootstrap:
         ends, weak = _profiled(runs, fitted, ends, options)

@@ -7,14 +7,14 @@ estimate.
 
 The random numbers of a configuration depend only on the seed and on the configuration's key (`cell_keys`),
 so fits on the same design (tasks of one family, families on the same grid) get common draws and their
-differences are paired. Two in a hundred draws are solved again from several starts; how many improved is
-reported.
+differences are paired. Two in a hundred draws, half of them those that lie farthest out, are solved again from other
+starts; how many improved is reported.
 
 It does not make intervals (`intervals`). Invariant: the same seed gives the same draws, whatever else is
 fitted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import numpy as np
@@ -26,7 +26,6 @@ KINDS = ("case", "wild")
 SMALL_DESIGN = 40  # configurations below which case resampling drops too much of the design
 LEVERAGE_POWER = 1.0  # of 1 - leverage; 0.5 is unbiased for the variance but covers 87 to 93 % (tools/coverage.py)
 RECHECKED = 0.02
-LOOKS = 4  # starts of a second look
 NO_GAIN = 1e-6  # relative, over 20 steps: far below what a draw varies by; only flat valleys are that slow
 PATIENCE = 200  # Newton steps; warm draws of an identified law take about ten, flat valleys a hundred
 SIX_POINTS = np.sqrt(np.array([0.5, 1.0, 1.5])).repeat(2) * np.tile([-1.0, 1.0], 3)  # Webb 2013
@@ -47,6 +46,10 @@ class Draws:
     @property
     def count(self) -> int:
         return len(self.theta)
+
+    def first(self, count: int) -> "Draws":
+        """The first `count` of them: the same as if no more had been drawn."""
+        return replace(self, theta=self.theta[:count], raw=self.raw[:count])
 
 
 def cell_keys(n_params: np.ndarray, n_records: np.ndarray) -> list[str]:
@@ -120,7 +123,7 @@ def draw(
         polish=1,
     )
     theta = solved.theta
-    again = np.arange(0, replicates, max(1, round(1 / RECHECKED)))
+    again = _doubtful(theta, max(1, round(0.5 * RECHECKED * replicates)))
     improved = _look_again(fit, z, target, weights, theta, solved.objective, again, bounds)
     return Draws(
         kind,
@@ -133,10 +136,19 @@ def draw(
     )
 
 
+def _doubtful(theta: np.ndarray, count: int) -> np.ndarray:
+    """`count` draws evenly spaced and the `count` draws farthest from the middle one."""
+    spread = np.maximum(np.subtract(*np.quantile(theta, [0.75, 0.25], axis=0)), 1e-12)
+    far = np.abs((theta - np.median(theta, axis=0)) / spread).max(axis=1)
+    even = np.linspace(0, len(theta) - 1, min(count, len(theta))).round().astype(int)
+    return np.union1d(even, np.argsort(-far, kind="stable")[:count])
+
+
 def _look_again(fit: Fit, z, target, weights, theta, objective, again: np.ndarray, bounds) -> int:
-    """Re-solve the draws `again` from all starts; better optima replace `theta` in place. Returns how
-    many."""
-    begin = fit.starts[:LOOKS]
+    """Re-solve the draws `again` from the grid's best start and from the two draws of extreme last parameter;
+    better optima replace `theta` in place. Returns how many."""
+    order = np.argsort(theta[:, -1], kind="stable")
+    begin = np.concatenate([fit.starts[:1], theta[order[[0, -1]]]])
     starts = len(begin)
     rows = np.repeat(again, starts)
     t = target[rows] if target.ndim == 2 else target

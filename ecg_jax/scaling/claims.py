@@ -35,9 +35,9 @@ def extra(results: Sequence[LawResult], transfers: Sequence[Transfer], *, level:
             yield compute(first, second, level)
         if "N" in first.law.variables:
             yield crossing(first, second, level)
-    of = {id(t.away): t for t in transfers}
+    of = {t.away.runs.key: t for t in transfers}
     for first, second in pairs([t.away for t in transfers]):
-        one, two = of[id(first)], of[id(second)]
+        one, two = of[first.runs.key], of[second.runs.key]
         estimate = float(np.log(one.kappa / two.kappa))
         draws = None
         if one.draws is not None and two.draws is not None:

@@ -57,17 +57,46 @@ class Formula:
     def size(self) -> int:
         return len(self.names)
 
-    def evaluate(self, theta_RxP: np.ndarray, z_nxV: np.ndarray, curved: bool = True):
-        """Loss [R, n], its gradient [R, P, n] and what `curvature` needs (nothing unless `curved`)."""
+    def forward(self, theta_RxP: np.ndarray, z_nxV: np.ndarray, curved: bool = True):
+        """Loss [R, n], and what `backward` needs: its gradient [R, P, n] and Hessian."""
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             jet = self.curve(jets.parameters(theta_RxP, curved), list(z_nxV.T))
         shape = (len(theta_RxP), self.size, len(z_nxV))
-        return np.broadcast_to(jet.value, (shape[0], shape[2])), np.broadcast_to(jet.slope, shape).copy(), jet.bend
+        value = np.broadcast_to(jet.value, (shape[0], shape[2]))
+        return value, (np.broadcast_to(jet.slope, shape).copy(), jet.bend)
 
-    def curvature(self, bend, z_nxV: np.ndarray, weight_Rxn: np.ndarray) -> np.ndarray:
-        """sum_i weight_i d2 L_i / dtheta2, [R, P, P]."""
-        full = np.broadcast_to(bend, (len(weight_Rxn), self.size, self.size, len(z_nxV)))
-        return (full * weight_Rxn[:, None, None]).sum(axis=3)
+    def evaluate(self, theta_RxP: np.ndarray, z_nxV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Loss [R, n] and its gradient [R, P, n]."""
+        value, (slope, _) = self.forward(theta_RxP, z_nxV, False)
+        return value, slope
+
+    def aids(self, z_nxV: np.ndarray) -> None:
+        """Nothing: see `laws.Law.aids`."""
+
+    def backward(self, inside, pred, z_nxV, aids, pull, bend, metric, *, gauss: bool, curved: bool):
+        """See `laws.Law.backward`."""
+        jac, second = inside
+        if pred is not None:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                jac /= pred[:, None]
+                pull_of_loss = pull / pred
+        else:
+            pull_of_loss = pull
+        gradient = (jac @ pull[:, :, None])[:, :, 0]
+        model = None
+        if gauss or not curved:
+            model = (jac * metric[:, None]) @ jac.transpose(0, 2, 1)
+            scale = np.einsum("rii->ri", model)
+        else:
+            scale = (jac * jac * metric[:, None]).sum(axis=2)
+        hessian = model
+        if curved:
+            hessian = (jac * bend[:, None]) @ jac.transpose(0, 2, 1)
+            if second is not None:
+                full = np.broadcast_to(second, (*hessian.shape, len(z_nxV)))
+                hessian = hessian + np.einsum("rpqn,rn->rpq", full, pull_of_loss)
+        model = np.zeros_like(hessian) if model is None else model
+        return gradient, hessian, model, np.sqrt(np.maximum(scale, 0.0))
 
     def loss_at(self, theta_RxP: np.ndarray, columns: list[np.ndarray]) -> np.ndarray:
         """Loss at centred ln x given by variable, each [n] or [R, m]."""

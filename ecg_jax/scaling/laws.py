@@ -78,39 +78,98 @@ class Law:
     cheap = True  # the exact Hessian costs little more than its Gauss-Newton part
 
     def terms(self, theta_RxP: np.ndarray, z_nxV: np.ndarray) -> np.ndarray:
-        """Value of every term, [R, T, n], floor first. `z` is ln x minus its centre."""
+        """Value of every term, [T, R, n], floor first. `z` is ln x minus its centre."""
         t = self.n_terms
-        out = np.empty((len(theta_RxP), t, len(z_nxV)))
-        out[:, : self.floor] = np.exp(theta_RxP[:, : self.floor, None])
-        power = out[:, self.floor :]
-        np.multiply(-theta_RxP[:, t:, None], z_nxV.T[None], out=power)
-        power += theta_RxP[:, self.floor : t, None]
-        np.exp(power, out=power)
+        out = np.empty((t, len(theta_RxP), len(z_nxV)))
+        if self.floor:
+            out[0] = np.exp(theta_RxP[:, :1])
+        for v, i in enumerate(range(self.floor, t)):
+            np.multiply(-theta_RxP[:, t + v, None], z_nxV[:, v], out=out[i])
+            out[i] += theta_RxP[:, i, None]
+            np.exp(out[i], out=out[i])
         return out
 
     def predict(self, theta_RxP: np.ndarray, z_nxV: np.ndarray) -> np.ndarray:
         """Loss, [R, n]."""
-        return self.terms(theta_RxP, z_nxV).sum(axis=1)
+        return self.terms(theta_RxP, z_nxV).sum(axis=0)
 
-    def evaluate(self, theta_RxP: np.ndarray, z_nxV: np.ndarray, curved: bool = True):
-        """Loss [R, n], its gradient [R, P, n], and the terms, which `curvature` needs."""
+    def evaluate(self, theta_RxP: np.ndarray, z_nxV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Loss [R, n] and its gradient [R, P, n]."""
         terms = self.terms(theta_RxP, z_nxV)
-        return terms.sum(axis=1), np.concatenate([terms, -z_nxV.T[None] * terms[:, self.floor :]], axis=1), terms
+        jac = np.concatenate([terms, -z_nxV.T[:, None] * terms[self.floor :]])
+        return terms.sum(axis=0), jac.transpose(1, 0, 2)
 
-    def curvature(self, terms_RxTxn: np.ndarray, z_nxV: np.ndarray, weight_Rxn: np.ndarray) -> np.ndarray:
-        """sum_i weight_i d2 L_i / dtheta2, [R, P, P] (block by term: each term holds two parameters at
-        most)."""
-        out = np.zeros((len(terms_RxTxn), self.size, self.size))
-        weighted = weight_Rxn[:, None, :] * terms_RxTxn
-        first = weighted.sum(axis=2)
-        for term in range(self.n_terms):
-            out[:, term, term] = first[:, term]
-        for v in range(len(self.variables)):
-            term, slope = self.floor + v, self.n_terms + v
-            z = z_nxV[:, v]
-            out[:, term, slope] = out[:, slope, term] = -(weighted[:, term] @ z)
-            out[:, slope, slope] = weighted[:, term] @ (z * z)
-        return out
+    def forward(self, theta_RxP: np.ndarray, z_nxV: np.ndarray, curved: bool = True):
+        """Loss [R, n], and what `backward` needs: the terms."""
+        terms = self.terms(theta_RxP, z_nxV)
+        return terms.sum(axis=0), terms
+
+    def aids(self, z_nxV: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The same for every theta: products of the variables [n, K], and where in sums over them each entry of
+        gradient and Hessian stands.
+
+        Derivatives by a log amplitude are the term, by an exponent -z times the term: so every entry is plus or
+        minus a sum over runs of weight x term x term x (1, z or z z).
+        """
+        t, v = self.n_terms, len(self.variables)
+        columns = [np.ones(len(z_nxV)), *z_nxV.T]
+        squares = [(i, j) for i in range(v) for j in range(i, v)]
+        columns += [z_nxV[:, i] * z_nxV[:, j] for i, j in squares]
+        term = np.array([*range(t), *range(self.floor, t)])
+        factor = np.array([0] * t + list(range(1, v + 1)))  # column of `columns`
+        place = np.zeros((v + 1, v + 1), int)
+        place[0, 1:] = place[1:, 0] = np.arange(1, v + 1)
+        for k, (i, j) in enumerate(squares):
+            place[i + 1, j + 1] = place[j + 1, i + 1] = 1 + v + k
+        low, high = np.minimum.outer(term, term), np.maximum.outer(term, term)
+        pair = low * t - low * (low - 1) // 2 + high - low  # row of the upper triangle, row by row
+        sign = np.where(factor > 0, -1.0, 1.0)
+        features = np.stack(columns, axis=1)
+        return (
+            features,
+            term,
+            factor,
+            sign,
+            pair,
+            place[factor][:, factor],
+            np.outer(sign, sign),
+            (np.equal.outer(term, term)),
+        )
+
+    def backward(self, terms, pred, z_nxV, aids, pull, bend, metric, *, gauss: bool, curved: bool):
+        """Gradient [R, P], Hessian [R, P, P], its Gauss-Newton part and that part's root diagonal [R, P].
+
+        pull [R, n] weighs first derivatives of the residual, bend their squares, metric those of the Gauss-Newton
+        part. pred: the loss, where residuals are of ln L; None where they are of L.
+        """
+        features, term, factor, sign, pair, place, signs, same = aids
+        t, (count, n) = self.n_terms, pull.shape
+        shares = terms if pred is None else np.divide(terms, pred, out=terms)
+        one = curved and bend is metric  # squares of L: the Hessian's first part is the Gauss-Newton part
+        gauss, pairs = gauss or one or not curved, t * (t + 1) // 2
+        wanted = [(bend, True), (metric, gauss)] if curved and not one else [(metric, True)]
+        stack = np.empty((t + sum(pairs if full else t for _, full in wanted), count, n))
+        np.multiply(pull, shares, out=stack[:t])
+        at = t
+        for weight, full in wanted:
+            for i in range(t):
+                weighted = weight * shares[i]
+                for j in range(i, t if full else i + 1):
+                    np.multiply(weighted, shares[j], out=stack[at])
+                    at += 1
+        sums = (stack.reshape(-1, n) @ features).reshape(len(stack), count, -1).transpose(1, 0, 2)
+        first, rest = sums[:, :t], sums[:, t:]
+        gradient = first[:, term, factor] * sign
+        hessian = rest[:, pair, place] * signs if curved else None
+        if curved:
+            hessian += first[:, term, place] * (signs * same)
+        if gauss:
+            model = rest[:, -pairs:][:, pair, place] * signs
+            scale = np.einsum("rii->ri", model)
+        else:
+            model = np.zeros_like(hessian)
+            scale = rest[:, pairs + term, np.diagonal(place)]
+        return gradient, hessian if curved else model, model, np.sqrt(np.maximum(scale, 0.0))
 
     def raw(self, theta: np.ndarray, centre_V: np.ndarray) -> np.ndarray:
         """Raw parameters [..., P] in the order of `names`: E, A, B and the exponents, for N and D in their

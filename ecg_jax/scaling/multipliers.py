@@ -87,7 +87,16 @@ def pairs(results: Sequence[LawResult]) -> Iterator[tuple[LawResult, LawResult]]
         architecture = arch_a != arch_b and par_a == par_b and in_a == in_b
         paradigm = arch_a == arch_b and par_a != par_b and in_a == in_b and a.runs.key.domain != "id"
         if architecture or paradigm:
+            a, b = _as_many_draws(a, b)
             yield ((a, b) if (arch_a, par_b) < (arch_b, par_a) else (b, a))  # resnet before transformer, SSL before SL
+
+
+def _as_many_draws(*results: LawResult) -> tuple[LawResult, ...]:
+    """The same with equally many draws: a law that is not identified has fewer, and pairing is by their number."""
+    counts = {r.draws.count for r in results if r.draws is not None}
+    if len(counts) < 2:
+        return results
+    return tuple(replace(r, draws=r.draws.first(min(counts))) for r in results)
 
 
 def compare(first: LawResult, second: LawResult, *, level: float) -> Iterator[Multiplier]:

@@ -21,6 +21,8 @@ CACHE = 16384  # replicates x rows at a time: the working set stays in cache
 STUDENT = 4.0  # degrees of freedom of the Student criterion
 PATIENT = 12  # steps with the exact Hessian alone; most replicates have arrived by then
 STALL = 20  # steps after which a replicate that has gained next to nothing is left where it is
+FEW = 50  # replicates; below it one call of LAPACK for each is quicker than all of them side by side
+SMALLEST_PIVOT = 1e-11  # of the scaled Hessian; below it eigenvalues are looked at one by one
 CALM = 1e-9  # relative Newton decrement below which only polishing is left
 
 
@@ -49,10 +51,13 @@ class Criterion:
             one = np.ones_like(u)
             return 0.5 * u * u, u, one, one
         size = np.abs(u)
-        inside = size <= 1.0
-        side = 1.0 if self.tilt == 0.5 else 2.0 * np.where(u > 0, 1.0 - self.tilt, self.tilt)
-        value = np.where(inside, 0.5 * u * u, size - 0.5)
-        return side * value, side * np.clip(u, -1.0, 1.0), side * inside, side / np.maximum(size, 1.0)
+        near = np.minimum(size, 1.0)
+        value, inside, weight = near * (size - 0.5 * near), (size <= 1.0).astype(float), 1.0 / np.maximum(size, 1.0)
+        slope = u * weight
+        if self.tilt == 0.5:
+            return value, slope, inside, weight
+        side = 2.0 * np.where(u > 0, 1.0 - self.tilt, self.tilt)
+        return side * value, side * slope, side * inside, side * weight
 
 
 @dataclass(frozen=True)
@@ -70,23 +75,75 @@ class Solved:
 
 @dataclass
 class _State:
-    """Everything at one theta: value, gradient, Hessian, its Gauss-Newton part, scale (the metric's diagonal)
-    and the residuals' norm."""
+    """Everything at one theta: value, gradient, Hessian, its Gauss-Newton part (zeros where it was not asked for),
+    scale (the metric's diagonal) and the residuals' norm."""
 
     theta: np.ndarray
     value: np.ndarray
     gradient: np.ndarray
     hessian: np.ndarray
-    gauss: np.ndarray  # the reweighted Gauss-Newton matrix
+    gauss: np.ndarray
     scale: np.ndarray
     norm: np.ndarray
 
     def take(self, rows: np.ndarray) -> "_State":
         return _State(*(getattr(self, f)[rows] for f in self.__dataclass_fields__))
 
-    def put(self, rows: np.ndarray, other: "_State", source: np.ndarray) -> None:
+    def put(self, rows: np.ndarray, other: "_State", source: np.ndarray | slice = slice(None)) -> None:
         for field in self.__dataclass_fields__:
             getattr(self, field)[rows] = getattr(other, field)[source]
+
+
+class _Problem:
+    """What stays the same over all steps: law, data and criterion; evaluates any of the replicates, a cache-sized
+    number at a time."""
+
+    def __init__(self, law, z, target, weights, criterion: Criterion, curved: bool):
+        self.law, self.z, self.criterion, self.curved = law, z, criterion, curved
+        self.target, self.weights = target, weights
+        self.aids = law.aids(z)
+        self.chunk = max(16, min(law.batch, CACHE // len(z)))
+
+    def at(self, theta: np.ndarray, rows: np.ndarray, *, gauss: bool = False) -> _State:
+        """State of the replicates `rows` at their `theta`."""
+        parts = [slice(i, i + self.chunk) for i in range(0, len(rows), self.chunk)]
+        states = [self._chunk(theta[part], rows[part], gauss) for part in parts]
+        if len(states) == 1:
+            return states[0]
+        return _State(*(np.concatenate([getattr(s, f) for s in states]) for f in _State.__dataclass_fields__))
+
+    def _chunk(self, theta: np.ndarray, rows: np.ndarray, gauss: bool) -> _State:
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            return self._evaluate(theta, rows, gauss)
+
+    def _evaluate(self, theta: np.ndarray, rows: np.ndarray, gauss: bool) -> _State:
+        criterion, law = self.criterion, self.law
+        target = self.target if self.target.ndim == 1 else self.target[rows]
+        weights = self.weights if self.weights.ndim == 1 else self.weights[rows]
+        pred, inside = law.forward(theta, self.z, self.curved)
+        delta = criterion.delta if np.isfinite(criterion.delta) else 1.0
+        residual = np.log(pred) if criterion.logarithmic else np.array(pred)
+        residual -= target
+        residual *= 1.0 / delta
+        value, slope, bend, metric = criterion.shape(residual)
+        total = (weights * value).sum(axis=1)
+        pull = weights * slope
+        # Largest possible gradient for residuals of this size: the denominators of the cosine test.
+        norm = np.sqrt((pull * residual).sum(axis=1))
+        pull *= 1.0 / delta
+        metric = weights * metric * (1.0 / delta**2)
+        bend = metric if bend is metric else weights * bend * (1.0 / delta**2)
+        if criterion.logarithmic and self.curved:  # d2 ln L = d2 L / L - (dL / L)(dL / L)^T
+            bend = bend - pull
+        gradient, hessian, model, scale = law.backward(
+            inside, pred if criterion.logarithmic else None, self.z, self.aids, pull, bend, metric,
+            gauss=gauss, curved=self.curved,
+        )  # fmt: skip
+        sound = np.isfinite(gradient).all(axis=1) & np.isfinite(hessian).all(axis=(1, 2)) & np.isfinite(total)
+        if not sound.all():  # never stepped to
+            total = np.where(sound, total, np.inf)
+            gradient, hessian, model, scale = map(np.nan_to_num, (gradient, hessian, model, scale))
+        return _State(theta, total, gradient, hessian, model, scale, norm)
 
 
 def minimise(
@@ -102,6 +159,8 @@ def minimise(
     stall: float = 1e-7,
     curved: bool = True,
     polish: int = 2,
+    race: bool = False,
+    hold: int | None = None,
 ) -> Solved:
     """Minimise from every row of `begin`.
 
@@ -109,63 +168,60 @@ def minimise(
     a replicate is left. curved: False leaves second derivatives of the law out. polish: steps still taken once
     all is quiet. Returns arrays in the order of `begin`.
     """
-    parts = []
-    size = max(16, min(law.batch, CACHE // len(z_nxV)))
-    for first in range(0, len(begin_RxP), size):
-        rows = slice(first, first + size)
-        t = target if target.ndim == 1 else target[rows]
-        w = weights if weights.ndim == 1 else weights[rows]
-        parts.append(_minimise(law, z_nxV, t, w, begin_RxP[rows], bounds, criterion, max_iter, stall, curved, polish))
-    return Solved(*(np.concatenate([getattr(p, f) for p in parts]) for f in Solved.__dataclass_fields__))
-
-
-def _minimise(law, z, target, weights, begin, bounds, criterion, max_iter, stall, curved, polish) -> Solved:
-    count = len(begin)
-    target = np.broadcast_to(target, (count, len(z)))
-    weights = np.broadcast_to(weights, (count, len(z)))
-    theta = np.clip(begin, bounds.low, bounds.high)
-    state = _evaluate(law, z, target, weights, theta, criterion, curved=curved)
+    count = len(begin_RxP)
+    problem = _Problem(law, z_nxV, target, weights, criterion, curved)
+    active = np.arange(count)
+    now = problem.at(np.clip(begin_RxP, bounds.low, bounds.high), active)
+    final = now.take(active)
     damping = np.full(count, 1e-3)
     bent = np.ones(count, bool)  # True: exact Hessian; False: its Gauss-Newton part
     calm = np.zeros(count, int)
+    arrived = np.zeros(count, bool)
     iterations = np.zeros(count, int)
     # A sum this small is the rounding of the logarithms: nothing is left to gain.
     size = 1.0 if criterion.logarithmic else np.abs(target).max()
     unit = 1.0 if np.isinf(criterion.delta) else criterion.delta
-    rounding = weights.sum(axis=1) * (2e-16 * size / unit) ** 2
-    active = np.arange(count)
-    earlier = state.value.copy()
+    rounding = np.broadcast_to(weights.sum(axis=-1) * (2e-16 * size / unit) ** 2, count)
+    earlier = now.value.copy()
     for turn in range(1, max_iter + 1):
         late = turn > PATIENT
-        if turn == PATIENT + 1:
-            again = _evaluate(
-                law, z, target[active], weights[active], state.theta[active], criterion, gauss=True, curved=curved
-            )
-            state.gauss[active] = again.gauss
-        now = state.take(active)
-        step, decrement = _newton_step(now, damping[active], bounds, bent[active])
-        trial_theta = np.clip(now.theta + step, bounds.low, bounds.high)
-        trial = _evaluate(law, z, target[active], weights[active], trial_theta, criterion, gauss=late, curved=curved)
+        if turn == PATIENT + 1 and not np.any(now.gauss):
+            now.gauss = problem.at(now.theta, active, gauss=True).gauss
+        step, decrement = _newton_step(now, damping, bounds, bent, hold)
+        trial = problem.at(np.clip(now.theta + step, bounds.low, bounds.high), active, gauss=late)
         quiet = decrement <= CALM * now.value
         limit = np.where(quiet, now.value * (1 + 1e-11), now.value)
         better = np.isfinite(trial.value) & (trial.value <= limit)
-        state.put(active[better], trial, better)
-        gain = (now.value - trial.value) / np.maximum(decrement, 1e-300)
-        damping[active] *= _damping(better, gain, late)
+        with np.errstate(invalid="ignore"):
+            gain = (now.value - trial.value) / np.maximum(decrement, 1e-300)
+        if better.all():
+            now = trial
+        else:
+            now.put(better, trial, better)
+        damping = damping * _damping(better, gain, late)
         # In a bent valley one of the two models of the bottom serves and the other does not.
         if late:
-            bent[active] = np.where(better & (gain > 0.2) & (gain < 5.0) & ~quiet, bent[active], ~bent[active])
-            bent[active[quiet]] = True
-        iterations[active] += 1
-        calm[active] = np.where(quiet, calm[active] + 1, 0)
-        done = (calm[active] >= polish) | (damping[active] > 1e12) | (state.value[active] <= rounding[active])
+            bent = np.where(better & (gain > 0.2) & (gain < 5.0) & ~quiet, bent, ~bent) | quiet
+        calm = np.where(quiet, calm + 1, 0)
+        done = (calm >= polish) | (damping > 1e12) | (now.value <= rounding[active])
         if turn % STALL == 0:  # a valley so flat that nothing is to be had; the certificate shows its gradient
-            done |= earlier[active] - state.value[active] <= stall * state.value[active]
-            earlier[active] = state.value[active]
-        active = active[~done]
-        if not len(active):
-            break
-    return _finish(state, bounds, calm >= polish, iterations, rounding)
+            won = earlier - now.value
+            done |= won <= stall * now.value
+            if race and arrived.any():
+                done |= won < 0.1 * (now.value - final.value[arrived].min())
+            earlier = now.value.copy()
+        if turn == max_iter:
+            done[:] = True
+        if done.any():
+            rows = active[done]
+            final.put(rows, now, done)
+            iterations[rows], arrived[rows] = turn, calm[done] >= polish
+            go = ~done
+            if not go.any():
+                break
+            now, active = now.take(go), active[go]
+            damping, bent, calm, earlier = damping[go], bent[go], calm[go], earlier[go]
+    return _finish(final, bounds, hold, arrived, iterations, rounding)
 
 
 def _damping(better: np.ndarray, gain: np.ndarray, late: bool) -> np.ndarray:
@@ -175,8 +231,8 @@ def _damping(better: np.ndarray, gain: np.ndarray, late: bool) -> np.ndarray:
     return np.where(better, np.where(gain > 0.2, 0.1, 2.0), 10.0)
 
 
-def _finish(state: _State, bounds: Bounds, arrived, iterations, rounding) -> Solved:
-    held = _held(state, bounds)
+def _finish(state: _State, bounds: Bounds, hold, arrived, iterations, rounding) -> Solved:
+    held = _held(state, bounds, hold)
     gradient = np.where(held, 0.0, state.gradient)
     cosine = np.abs(gradient) / np.maximum(state.scale * state.norm[:, None], 1e-300)
     scaled, _ = _scaled_hessian(state, held, np.ones(len(held), bool))
@@ -188,47 +244,14 @@ def _finish(state: _State, bounds: Bounds, arrived, iterations, rounding) -> Sol
     return Solved(state.theta, state.value, largest, curvature, converged, iterations)
 
 
-def _evaluate(law, z, target, weights, theta, criterion: Criterion, gauss: bool = False, curved: bool = True) -> _State:
-    pred, jac, state = law.evaluate(theta, z, curved)
-    delta = criterion.delta if np.isfinite(criterion.delta) else 1.0
-    with np.errstate(invalid="ignore", divide="ignore"):
-        residual = ((np.log(pred) if criterion.logarithmic else pred) - target) / delta
-    if criterion.logarithmic:
-        jac /= pred[:, None]
-    value, slope, bend, metric = criterion.shape(residual)
-    metric = weights * metric
-    pull = weights * slope / delta
-    bend = weights * bend / delta**2
-    plain = not criterion.logarithmic  # squares of L: bend, metric and weights are one
-    model = (jac * (metric / delta**2)[:, None]) @ jac.transpose(0, 2, 1) if gauss or plain or not curved else None
-    if model is not None:
-        scale = np.sqrt(np.maximum(np.einsum("rii->ri", model), 0.0))
-    else:
-        scale = np.sqrt(((jac * jac) * metric[:, None]).sum(axis=2)) / delta
-    if not curved:
-        hessian = model
-    elif plain:
-        hessian = model + law.curvature(state, z, pull)
-    else:  # d2 ln L = d2 L / L - (dL / L)(dL / L)^T
-        hessian = (jac * (bend - pull)[:, None]) @ jac.transpose(0, 2, 1)
-        hessian += law.curvature(state, z, pull / pred)
-        model = hessian if model is None else model
-    # Largest possible gradient for residuals of this size: the denominators of the cosine test.
-    norm = np.sqrt((pull * residual * delta).sum(axis=1))
-    gradient = (jac @ pull[:, :, None])[:, :, 0]
-    total = (weights * value).sum(axis=1)
-    sound = np.isfinite(gradient).all(axis=1) & np.isfinite(hessian).all(axis=(1, 2)) & np.isfinite(total)
-    if not sound.all():  # never stepped to
-        total = np.where(sound, total, np.inf)
-        gradient, hessian, model, scale = map(np.nan_to_num, (gradient, hessian, model, scale))
-    return _State(theta, total, gradient, hessian, model, scale, norm)
-
-
-def _held(state: _State, bounds: Bounds) -> np.ndarray:
+def _held(state: _State, bounds: Bounds, hold: int | None) -> np.ndarray:
     """[R, P]: on the edge of the box, with the gradient pointing outward."""
     at_low = (state.theta <= bounds.low + 1e-12) & (state.gradient >= 0)
     at_high = (state.theta >= bounds.high - 1e-12) & (state.gradient <= 0)
-    return at_low | at_high
+    held = at_low | at_high
+    if hold is not None:
+        held[:, hold] = True
+    return held
 
 
 def _scaled_hessian(state: _State, held: np.ndarray, bent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -238,17 +261,48 @@ def _scaled_hessian(state: _State, held: np.ndarray, bent: np.ndarray) -> tuple[
     return np.where(mask, np.eye(scaled.shape[1]), scaled), scale
 
 
-def _newton_step(state: _State, damping: np.ndarray, bounds: Bounds, bent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _newton_step(
+    state: _State, damping: np.ndarray, bounds: Bounds, bent: np.ndarray, hold: int | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Step [R, P] and the decrease it promises [R]."""
-    held = _held(state, bounds)
+    held = _held(state, bounds, hold)
     scaled, scale = _scaled_hessian(state, held, bent)
-    values, vectors = np.linalg.eigh(scaled)
     gradient = np.where(held, 0.0, state.gradient) / scale
-    along = np.einsum("rij,ri->rj", vectors, gradient)
     # mu below 1e-8 would only blur the quadratic end game.
     mu = np.where(damping > 1e-8, damping, 0.0)
-    positive = np.maximum(np.abs(values), 1e-13) + mu[:, None]
-    step = -np.einsum("rij,rj->ri", vectors, along / positive) / scale
-    decrement = (along * along / positive).sum(axis=1)
+    step, sound = _cholesky_step(scaled, mu, gradient)
+    if not sound.all():
+        odd = ~sound
+        values, vectors = np.linalg.eigh(scaled[odd])
+        along = np.einsum("rij,ri->rj", vectors, gradient[odd])
+        positive = np.maximum(np.abs(values), 1e-13) + mu[odd, None]
+        step[odd] = np.einsum("rij,rj->ri", vectors, along / positive)
+    decrement = (step * gradient).sum(axis=1)
+    step = -step / scale
     shrink = np.minimum(1.0, LONGEST_STEP / np.maximum(np.abs(step).max(axis=1), 1e-300))
     return step * shrink[:, None], decrement * shrink
+
+
+def _cholesky_step(scaled: np.ndarray, mu: np.ndarray, gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(scaled + mu)^-1 gradient [R, P], all replicates at once, and where that matrix is safely positive [R]."""
+    size = scaled.shape[1]
+    if len(scaled) < FEW:
+        matrix = scaled + mu[:, None, None] * np.eye(size)
+        try:
+            np.linalg.cholesky(matrix)
+            return np.linalg.solve(matrix, gradient[:, :, None])[:, :, 0], np.ones(len(scaled), bool)
+        except np.linalg.LinAlgError:  # one of them is not positive
+            return np.zeros_like(gradient), np.zeros(len(scaled), bool)
+    a = scaled.transpose(1, 2, 0).copy()  # replicates last: every operation runs over all of them
+    a[np.arange(size), np.arange(size)] += mu
+    x = gradient.T.copy()
+    sound = np.ones(len(scaled), bool)
+    with np.errstate(all="ignore"):
+        for k in range(size):  # Gauss without exchange of rows: as stable as Cholesky where all pivots are positive
+            sound &= a[k, k] > SMALLEST_PIVOT
+            factor = a[k + 1 :, k] / a[k, k]
+            a[k + 1 :, k + 1 :] -= factor[:, None] * a[k, k + 1 :][None]
+            x[k + 1 :] -= factor * x[k]
+        for k in range(size - 1, -1, -1):
+            x[k] = (x[k] - (a[k, k + 1 :] * x[k + 1 :]).sum(axis=0)) / a[k, k]
+    return x.T.copy(), sound & np.isfinite(x).all(axis=0)

@@ -14,11 +14,12 @@ import numpy as np
 from scipy.special import stdtrit
 
 from ecg_jax.scaling.newton import minimise
-from ecg_jax.scaling.restrict import Restricted, restrict
+from ecg_jax.scaling.restrict import Restricted, whole
 from ecg_jax.scaling.solve import Fit
 
-STEPS = 24  # halvings of the log distance that brackets an end
 REACH = 1e4  # raw values are followed down to 1/REACH and up to REACH times the estimate
+LADDER = 0.05 * np.cumsum(1.8 ** np.arange(9))  # in ln of the value; the last is beyond ln REACH
+FINER = 8  # places between the two that bracket an end
 
 
 @dataclass(frozen=True)
@@ -40,52 +41,62 @@ class Profile:
 
 
 def profile(fit: Fit, log_x: np.ndarray, y: np.ndarray, name: str, *, level: float = 0.95) -> Profile | None:
-    """Interval of one raw parameter; None where it is fixed, zero, or cannot be held."""
-    if isinstance(fit.law, Restricted):
-        base, fixed = fit.law.law, dict(fit.law.fixed)
-    else:
-        base, fixed = fit.law, {}
+    """Interval of one raw parameter; None where it is fixed, zero, or leans on others (a raw amplitude)."""
+    law, theta = fit.law, fit.theta
+    full, _ = whole(law, theta)
+    fixed = dict(law.fixed) if isinstance(law, Restricted) else {}
     estimate = fit.parameters[name]
     if name in fixed or name in fixed.values() or not (np.isfinite(estimate) and estimate > 0):
         return None
-    z = log_x - fit.centre
-    target = np.log(y) if fit.logarithmic else y
-    criterion, weights = fit.criterion(), np.ones(len(y))
-    start = restrict(base, {}, fit.centre)
-    full = fit.law.whole(fit.theta) if isinstance(fit.law, Restricted) else fit.theta
-    full = np.where(np.isfinite(full), full, start.bounds(y, z).low)
-    smallest = _sum(fit, criterion)
-    threshold = stdtrit(max(fit.n - fit.law.size, 1), 0.5 + level / 2) ** 2 / max(fit.n - fit.law.size, 1)
     try:
-        restrict(base, fixed | {name: estimate}, fit.centre)
+        j, at_estimate, leaning = full.pin(name, estimate, fit.centre)
     except ValueError:
         return None
+    if leaning:
+        return None
+    logarithmic = not np.isclose(at_estimate, estimate)  # inside stands ln of the parameter
+    j = law.keep.tolist().index(j) if isinstance(law, Restricted) else j
+    z = log_x - fit.centre
+    target = np.log(y) if fit.logarithmic else y
+    criterion, weights, bounds = fit.criterion(), np.ones(len(y)), law.bounds(y, z)
+    smallest = _sum(fit, criterion)
+    threshold = stdtrit(max(fit.n - law.size, 1), 0.5 + level / 2) ** 2 / max(fit.n - law.size, 1)
 
-    def deviance(values: np.ndarray, begin: np.ndarray) -> tuple[float, np.ndarray]:
-        law = restrict(base, fixed | {name: float(values)}, fit.centre)
-        if law.size == 0:
-            return np.inf, begin
-        solved = minimise(law, z, target, weights, begin[None, law.keep], law.bounds(y, z), criterion, max_iter=60)
-        return float(solved.objective[0] / smallest - 1.0), law.whole(solved.theta[0])
+    def excess(logs: np.ndarray, begin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Relative rise of the sum at each ln of value over estimate, and where the others went."""
+        if law.size == 1:
+            return np.where(logs == 0, 0.0, np.inf), begin
+        begin = np.array(begin)
+        begin[:, j] = inner(logs)
+        solved = minimise(law, z, target, weights, begin, bounds, criterion, max_iter=60, hold=j)
+        return solved.objective / smallest - 1.0, solved.theta
 
+    def inner(logs: np.ndarray) -> np.ndarray:
+        return at_estimate + logs if logarithmic else estimate * np.exp(logs)
+
+    start = np.maximum(theta, bounds.low)
     ends: list[float | None] = []
     for side in (-1.0, 1.0):
-        inside, outside, at = 0.0, None, full
-        step = 0.05
-        while step < np.log(REACH):  # outward in ever larger steps, each warm from the last
-            worse, theta = deviance(estimate * np.exp(side * step), at)
-            if not worse < threshold:
-                outside = step
-                break
-            inside, at, step = step, np.where(np.isfinite(theta), theta, full), 1.8 * step
-        if outside is None:
+        logs = side * LADDER
+        logs = logs[(inner(logs) > bounds.low[j]) & (inner(logs) < bounds.high[j]) & (LADDER < np.log(REACH))]
+        if not len(logs):
             ends.append(None)
             continue
-        for _ in range(STEPS // 2):
-            middle = 0.5 * (inside + outside)
-            worse, _ = deviance(estimate * np.exp(side * middle), at)
-            inside, outside = (middle, outside) if worse < threshold else (inside, middle)
-        ends.append(float(estimate * np.exp(side * 0.5 * (inside + outside))))
+        worse, thetas = excess(logs, np.tile(start, (len(logs), 1)))
+        # Once more, each from where its neighbour nearer to the estimate went.
+        worse = np.minimum(worse, excess(logs, np.concatenate([start[None], thetas[:-1]]))[0])
+        beyond = np.flatnonzero(~(worse < threshold))
+        if not len(beyond):
+            ends.append(None)
+            continue
+        k = int(beyond[0])
+        inside, low, at = (0.0, 0.0, start) if k == 0 else (logs[k - 1], worse[k - 1], thetas[k - 1])
+        marks = np.linspace(inside, logs[k], FINER + 2)
+        rise = np.array([low, *excess(marks[1:-1], np.tile(at, (FINER, 1)))[0], worse[k]])
+        m = int(np.flatnonzero(~(rise[1:] < threshold))[0])
+        a, b = np.sqrt(np.maximum(rise[m : m + 2], 0.0))  # the root of the rise is nearly straight
+        part = (np.sqrt(threshold) - a) / (b - a) if np.isfinite(b) else 0.5
+        ends.append(float(estimate * np.exp(marks[m] + part * (marks[m + 1] - marks[m]))))
     return Profile(name, *ends)
 
 

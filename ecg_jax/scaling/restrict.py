@@ -43,12 +43,18 @@ class Restricted:
         with np.errstate(invalid="ignore"):  # E fixed at 0 is a constant of minus infinity
             return self.constant + theta @ self.matrix
 
-    def evaluate(self, theta_RxF: np.ndarray, z_nxV: np.ndarray, curved: bool = True):
-        pred, jac, state = self.law.evaluate(self.whole(theta_RxF), z_nxV, curved)
-        return pred, np.einsum("fp,rpn->rfn", self.matrix, jac), state
+    def evaluate(self, theta_RxF: np.ndarray, z_nxV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pred, jac = self.law.evaluate(self.whole(theta_RxF), z_nxV)
+        return pred, np.einsum("fp,rpn->rfn", self.matrix, jac)
 
-    def curvature(self, state, z_nxV: np.ndarray, weight_Rxn: np.ndarray) -> np.ndarray:
-        return self.matrix @ self.law.curvature(state, z_nxV, weight_Rxn) @ self.matrix.T
+    def forward(self, theta_RxF: np.ndarray, z_nxV: np.ndarray, curved: bool = True):
+        return self.law.forward(self.whole(theta_RxF), z_nxV, curved)
+
+    def backward(self, *state, gauss: bool, curved: bool):
+        gradient, hessian, model, _ = self.law.backward(*state, gauss=True, curved=curved)
+        hessian, model = (self.matrix @ h @ self.matrix.T for h in (hessian, model))
+        scale = np.sqrt(np.maximum(np.einsum("rii->ri", model), 0.0))
+        return gradient @ self.matrix.T, hessian, model, scale
 
     def predict(self, theta_RxF: np.ndarray, z_nxV: np.ndarray) -> np.ndarray:
         return self.law.predict(self.whole(theta_RxF), z_nxV)

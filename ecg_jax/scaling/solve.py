@@ -134,7 +134,7 @@ def fit_law(
         criterion = Criterion(True, delta, tilt=ENVELOPE_TILT if loss == "envelope" else 0.5)
     else:
         delta, criterion = None, Criterion(loss == "ls-log", np.inf)
-    solved = minimise(law, z, target, weights, begin, bounds, criterion)
+    solved = minimise(law, z, target, weights, begin, bounds, criterion, race=True)
     return _collect(law, z, target, weights, centre, begin, solved, bounds, criterion, loss, delta)
 
 
@@ -173,7 +173,7 @@ def _robust_scale(law, z, target, weights, begin, bounds, noise) -> tuple[float,
         if noise is not None and len(best) - law.size < 5:
             sigma = max(sigma, noise)
         criterion = Criterion(True, max(HUBER_TUNING * sigma, SMALLEST_DELTA))
-        solved = minimise(law, z, target, weights, theta, bounds, criterion, max_iter=60)
+        solved = minimise(law, z, target, weights, theta, bounds, criterion, max_iter=60, race=True)
         theta = solved.theta[[np.argmin(solved.objective)]] if turn == 0 else solved.theta
     return sigma, np.concatenate([begin, theta])
 
@@ -198,7 +198,7 @@ def _vertex(law, z: np.ndarray, target: np.ndarray, theta: np.ndarray, distance:
     """The law through the P points it almost passes through (an L1 optimum is such a vertex)."""
     rows = np.argsort(distance)[: law.size]
     for _ in range(20):
-        pred, jac, _ = law.evaluate(theta[None], z[rows])
+        pred, jac = law.evaluate(theta[None], z[rows])
         jac = (jac / pred[:, None])[0].T
         if not np.all(np.isfinite(jac)) or np.linalg.cond(jac) > 1e12:
             break
@@ -248,7 +248,7 @@ def _collect(law, z, target, weights, centre, begin, solved, bounds, criterion, 
 
 def _leverage(law, z: np.ndarray, theta: np.ndarray, weights: np.ndarray, logarithmic: bool) -> np.ndarray:
     """Diagonal of the hat matrix of the linearised fit, [n], in [0, 1]."""
-    pred, jac, _ = law.evaluate(theta[None], z)
+    pred, jac = law.evaluate(theta[None], z)
     jac = jac[0].T / (pred[0][:, None] if logarithmic else 1.0)
     jac = jac * np.sqrt(weights)[:, None]
     norm = np.linalg.norm(jac, axis=0)

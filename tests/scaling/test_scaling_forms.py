@@ -5,7 +5,7 @@ import pytest
 from scipy.optimize import brentq
 
 from ecg_jax.scaling import forms
-from ecg_jax.scaling.newton import Criterion, _evaluate
+from ecg_jax.scaling.newton import Criterion, _Problem
 from ecg_jax.scaling.restrict import restrict
 from ecg_jax.scaling.solve import fit_law
 
@@ -47,7 +47,7 @@ def test_derivatives_agree_with_finite_differences(name, variables, criterion):
     weights = rng.uniform(0.5, 2.0, (1, 14))
 
     def at(t):
-        return _evaluate(law, z, target[None], weights, t[None], criterion)
+        return _Problem(law, z, target[None], weights, criterion, True).at(t[None], np.arange(1))
 
     here, h = at(theta), 1e-5
     for i in range(law.size):
