@@ -58,11 +58,13 @@ def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _gelu_backward(x: jax.Array, ct: jax.Array) -> tuple[jax.Array]:
-    # (1 + tanh z) / 2 is the logistic function of 2 z. Written so on purpose: a tanh here would be shared with the
-    # forward pass by the compiler, which then stores it, and that costs more than a second evaluation.
+    # The argument of tanh is factored otherwise than in the forward pass: an equal one would be shared by the compiler,
+    # which then stores the tanh, and that costs more than a second evaluation.
     y = x.astype(jnp.float32)
-    gate = jax.nn.sigmoid(2 * GELU_SLOPE * (y + GELU_CUBIC * y**3))
-    slope = gate * (1 + y * (1 - gate) * (2 * GELU_SLOPE) * (1 + 3 * GELU_CUBIC * y * y))
+    square = y * y
+    tanh = jnp.tanh(y * (GELU_SLOPE + GELU_SLOPE * GELU_CUBIC * square))
+    inner = (0.5 * GELU_SLOPE) * y * (1 + 3 * GELU_CUBIC * square)
+    slope = 0.5 + 0.5 * tanh + inner * (1 - tanh * tanh)
     return ((ct.astype(jnp.float32) * slope).astype(x.dtype),)
 
 

@@ -117,7 +117,9 @@ class Transformer(nn.Module):
             which = zip(place, ("lead_table", "time_table"), strict=True)
             place_NxD = sum(jax.nn.one_hot(rows, len(p[name]), dtype=self.dtype) @ cast(name) for rows, name in which)
             weight_BxN = valid.astype(jnp.float32)
-        h = x.astype(self.dtype) @ cast("patch_kernel") + cast("patch_bias")
+        # As in `block`, records and tokens are one axis while they meet a matrix.
+        h = x.astype(self.dtype).reshape(-1, x.shape[2]) @ cast("patch_kernel") + cast("patch_bias")
+        h = h.reshape(*x.shape[:2], d)
         if masked is not None:
             h = jnp.where(masked[:, :, None], cast("mask_vector"), h)
         cls_Bx1xD = jnp.broadcast_to(cast("cls"), (h.shape[0], 1, d))
