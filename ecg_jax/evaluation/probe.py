@@ -111,6 +111,7 @@ def probe_run(
     Openings(out / "probes").settle({c.place(source.name, where): c.about["choice"] | data_of for c in chosen}, reopen)
     test = splits["test"]  # opened here, after every choice
     test_digest = features.data_hash(test)
+    split_hash = tasks.split_hash([splits[name].record_hash for name in SPLITS])
     x = {model.digest: model.features(test, "test") for model in {c.model.digest: c.model for c in chosen}.values()}
     logits = [c.probe.logits(x[c.model.digest]) for c in chosen]
 
@@ -142,7 +143,8 @@ def probe_run(
         "law": f"{PROBES[0]}, macro bce",
         "records": {name: len(splits[name].record_ids) for name in SPLITS},
         "patients": {name: len(np.unique(splits[name].group_hash)) for name in SPLITS},
-        "split_hash": features.array_hash(*(splits[name].record_hash for name in SPLITS)),
+        "split_hash": split_hash,
+        "split": tasks.check_split(splits.dataset, splits.version, split_hash),
         "test_data": test_digest,
         "lineage": None
         if source.lineage is None
@@ -173,6 +175,7 @@ class Splits:
         cards = [catalog.open_folder(folder).card for folder in folders]
         self.folders, self.task, self.given, self.crop = folders, task, dict(tables or {}), crop_seconds
         self.dataset = "+".join(dict.fromkeys(card["name"] for card in cards))
+        self.version = "+".join(dict.fromkeys(card.get("version", "") for card in cards))
         if crop_seconds is not None:
             self.dataset += f"@{crop_seconds:g}s"
         self.lineage = [entry for card in cards for entry in card["lineage"]]

@@ -28,6 +28,7 @@ def result_lines(report: Mapping[str, Any]) -> list[str]:
     counts = ", ".join(f"{n} {name}" for name, n in report["records"].items())
     drawn, patients = report["intervals"], report["patients"]["test"]
     lines = [f"{report['run']} on {report['dataset']} {report['task']}: {counts} records"]
+    lines.append(report["split"])
     lines.append(f"{drawn['level']:.0%} intervals, {drawn['resamples']} resamples of {patients} patients")
     seen = "unknown data" if report["lineage"] is None else ", ".join(report["lineage"]) or "no data"
     lines.append(f"the encoder, with its codebook if it has one, was trained on {seen}")
