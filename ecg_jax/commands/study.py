@@ -31,6 +31,9 @@ def fit(commands) -> None:
     parser.add_argument("--melt", default="", metavar="loss_id,loss_ood_a", help="loss columns of a wide table")
     parser.add_argument("--metric", help="of several in the table, the one to fit")
     parser.add_argument("--predict", type=Path, metavar="TABLE", help="runs planned or held back, to be predicted")
+    parser.add_argument(
+        "--probes", type=Path, action="append", default=[], metavar="CSV", help="of `ecg-jax table`, shown; repeat"
+    )
     parser.add_argument("--title", help="heading of the report")
     parser.add_argument("--json", action="store_true")
 
@@ -53,6 +56,7 @@ def _run_fit(args: argparse.Namespace) -> int:
         predict=args.predict,
         fixed=_fixed(args.fix),
         title=args.title,
+        probes=args.probes,
     )
     show(result, args.json, result_lines)
     return 0

@@ -55,7 +55,7 @@ def recalibration(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
             if not np.isfinite(hessian).all() or np.linalg.cond(hessian) > FLAT * (1 + np.square(z).mean()):
                 break  # separated: the slope runs away
             step = np.linalg.solve(hessian, gradient)
-            at = at + step * min(1.0, 5 / np.abs(step).max())
+            at = at + step * min(1.0, 5 / max(np.abs(step).max(), 1e-300))
             if np.abs(step).max() < 1e-10:
                 out[:, k] = at
                 break

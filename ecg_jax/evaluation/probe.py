@@ -4,9 +4,10 @@ The order of things is the point of this file: features of train and validation;
 the epoch) and thresholds chosen, for the trained and the untrained encoder, the baselines, every label fraction and
 seed; the choice recorded (`openings`); only then is the test split read, and every probe predicts it once. All probes
 share one set of patient resamples, so that what training added is a paired difference. `logistic` is the law's OOD
-loss, `adam` the study's way beside it, `finetune` an option; the projection to 64 dimensions and the baselines have
-`logistic` alone. Writes below `out`: `features/`, `probes/<dataset>-<task>.json` and the predictions beside it, and
-`evals.jsonl`. Rules: for metrics and macros in `metrics`, `bootstrap` and `scoring`, for domains in `tasks`.
+loss, `adam` the study's way beside it, `finetune` an option; the projection to 64 dimensions, the crop to 7.3 s and
+the baselines have `logistic` alone. Writes below `out`: `features/`, `probes/<dataset>-<task>.json` and the predictions
+beside it, and `evals.jsonl`. Rules: for metrics and macros in `metrics`, `bootstrap` and `scoring`, for domains in
+`tasks`.
 """
 
 import json
@@ -45,7 +46,9 @@ class Chosen:
     @property
     def name(self) -> str:
         """Of the probe, in the eval log."""
-        return self.kind + (f"@{sources.PROJECTED}" if self.model.name.endswith("-d") else "")
+        if not self.model.name.startswith("trained "):
+            return self.kind
+        return self.kind + (f"@{sources.PROJECTED}" if self.model.name.endswith("-d") else f"@{sources.SHORT / 100:g}s")
 
     def place(self, run: str, where: str) -> str:
         """What the test split is opened for, in the record of openings."""
@@ -76,12 +79,12 @@ def probe_run(
     The encoder is that of `run_dir`, or whatever made `features_file` (`sources.External`; then `out` is needed).
     probes: of `PROBES`. fractions: shares of the training *patients*, nested for one seed; validation and test never
     shrink. baselines: also the untrained encoder (run `<run>:untrained`), the trained one in 64 random dimensions and
-    `sources.BASELINES`, with paired differences. crop_seconds: only so much of the middle of every record, as data set
-    `<name>@<seconds>s`. bootstrap: patient resamples, level: of the intervals. reopen: score the test split again with
-    another choice than before. tables: the splits, where already in memory. Randomness: `seeds` (order of training,
-    patients of a fraction); resamples and the projection have seeds of their own. Raises DataError for a run without
-    encoder, a unit that the encoder cannot take, or a split without labels; UsageError for settings and for a test
-    split that another choice has opened.
+    on the middle 7.3 s, and `sources.BASELINES`, with paired differences. crop_seconds: only so much of the middle of
+    every record, as data set `<name>@<seconds>s`. bootstrap: patient resamples, level: of the intervals. reopen: score
+    the test split again with another choice than before. tables: the splits, where already in memory. Randomness:
+    `seeds` (order of training, patients of a fraction); resamples and the projection have seeds of their own. Raises
+    DataError for a run without encoder, a unit that the encoder cannot take, or a split without labels; UsageError for
+    settings and for a test split that another choice has opened.
     """
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
         raise UsageError(f"label fractions {list(fractions)}: each must lie in (0, 1]")
@@ -101,7 +104,8 @@ def probe_run(
         raise UsageError("features made elsewhere cannot be fine-tuned")
     plan = [(model, kind) for kind in probes for model in encoders]
     if baselines and "logistic" in probes:
-        plan += [(model, "logistic") for model in (sources.projected(encoders[0]), *sources.baseline_models())]
+        more = [sources.projected(encoders[0]), *(source.shortened() if crop_seconds is None else [])]
+        plan += [(model, "logistic") for model in (*more, *sources.baseline_models())]
 
     chosen = _select(plan, splits, seeds, fractions, epochs_max, batch)
 
@@ -111,6 +115,7 @@ def probe_run(
     Openings(out / "probes").settle({c.place(source.name, where): c.about["choice"] | data_of for c in chosen}, reopen)
     test = splits["test"]  # opened here, after every choice
     test_digest = features.data_hash(test)
+    split_hash = tasks.split_hash([splits[name].record_hash for name in SPLITS])
     x = {model.digest: model.features(test, "test") for model in {c.model.digest: c.model for c in chosen}.values()}
     logits = [c.probe.logits(x[c.model.digest]) for c in chosen]
 
@@ -131,7 +136,7 @@ def probe_run(
         result = {"model": c.model.name, "probe": c.name, "seed": c.seed, "label_fraction": c.fraction}
         result |= {name: value for name, value in c.about.items() if name != "choice"}
         results.append(result | {"predictions": saved} | scored.report(spread, c.thresholds, z))
-        known = None if c.model.name in sources.BASELINES else source.fields(c.model.name)
+        known = source.fields(c.model.name)
         if known is not None:
             known |= {"dataset": splits.dataset, "task": task, "split": "test", "probe": c.name}
             rows += scored.rows(results[-1], known | {"probe_seed": c.seed, "label_fraction": c.fraction})
@@ -142,7 +147,8 @@ def probe_run(
         "law": f"{PROBES[0]}, macro bce",
         "records": {name: len(splits[name].record_ids) for name in SPLITS},
         "patients": {name: len(np.unique(splits[name].group_hash)) for name in SPLITS},
-        "split_hash": features.array_hash(*(splits[name].record_hash for name in SPLITS)),
+        "split_hash": split_hash,
+        "split": tasks.check_split(splits.dataset, splits.version, split_hash),
         "test_data": test_digest,
         "lineage": None
         if source.lineage is None
@@ -173,6 +179,7 @@ class Splits:
         cards = [catalog.open_folder(folder).card for folder in folders]
         self.folders, self.task, self.given, self.crop = folders, task, dict(tables or {}), crop_seconds
         self.dataset = "+".join(dict.fromkeys(card["name"] for card in cards))
+        self.version = "+".join(dict.fromkeys(card.get("version", "") for card in cards))
         if crop_seconds is not None:
             self.dataset += f"@{crop_seconds:g}s"
         self.lineage = [entry for card in cards for entry in card["lineage"]]

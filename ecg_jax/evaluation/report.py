@@ -28,6 +28,7 @@ def result_lines(report: Mapping[str, Any]) -> list[str]:
     counts = ", ".join(f"{n} {name}" for name, n in report["records"].items())
     drawn, patients = report["intervals"], report["patients"]["test"]
     lines = [f"{report['run']} on {report['dataset']} {report['task']}: {counts} records"]
+    lines.append(report["split"])
     lines.append(f"{drawn['level']:.0%} intervals, {drawn['resamples']} resamples of {patients} patients")
     seen = "unknown data" if report["lineage"] is None else ", ".join(report["lineage"]) or "no data"
     lines.append(f"the encoder, with its codebook if it has one, was trained on {seen}")
@@ -97,10 +98,10 @@ def table(
     """Encoders x tasks of the probes below `runs`, written to `out` as table-<metric>.md and .csv.
 
     Columns are the tasks found, or those of `preset` with their mean (only where all are there). Rows: the trained
-    encoder of each run, the untrained one, its projection and the baselines, at all labels and the first seed. Macros
-    are over all labels that are not too few, whatever their domain; domains have their own rows in the eval log.
-    "too few": no label of the task has enough positives. Raises DataError where nothing was probed, or two runs were
-    scored on other records.
+    encoder of each run, the untrained one, its projection and crop, and the baselines, at all labels and the first
+    seed. Macros are over all labels that are not too few, whatever their domain; domains have their own rows in the
+    eval log. "too few": no label of the task has enough positives. Raises DataError where nothing was probed, or two
+    runs were scored on other records.
     """
     cells: dict[str, dict[str, dict[str, Any]]] = {}
     splits: dict[str, str] = {}
@@ -127,14 +128,14 @@ def table(
     lines = _markdown(cells, columns, shown, probed, metric, bool(preset))
     out = Path(out)
     files.write(out / f"table-{metric}.md", "\n".join(lines) + "\n")
-    files.write(out / f"table-{metric}.csv", _csv(cells, columns, shown))
+    files.write(out / f"table-{metric}.csv", _csv(cells, columns, shown, metric))
     return {"lines": lines, "missing": missing, "path": str(out / f"table-{metric}.md"), "rows": list(cells)}
 
 
 def _row_name(run: str, result: Mapping[str, Any]) -> str:
     if result["model"] == "trained":
         return run
-    own = result["model"].endswith("-d") or result["model"] == "untrained"
+    own = result["model"].startswith("trained ") or result["model"] == "untrained"
     return f"{run}: {result['model']}" if own else result["model"]
 
 
@@ -211,15 +212,14 @@ def _markdown(cells, columns, shown, probed, metric: str, with_mean: bool) -> li
     ]
 
 
-def _csv(cells, columns, shown) -> str:
+def _csv(cells, columns, shown, metric) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["encoder", "column", "value", "ci_low", "ci_high", "best", "tied"])
+    writer.writerow(["metric", "encoder", "column", "value", "ci_low", "ci_high", "best", "tied"])
     for row in cells:
         for column, found in zip(columns, shown, strict=True):
             if row in found:
                 entry = found[row]
-                writer.writerow(
-                    [row, column["name"], *(entry[k] for k in ("value", "ci_low", "ci_high", "best", "tied"))]
-                )
+                values = (entry[k] for k in ("value", "ci_low", "ci_high", "best", "tied"))
+                writer.writerow([metric, row, column["name"], *values])
     return text.getvalue()

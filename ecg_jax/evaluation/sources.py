@@ -23,6 +23,7 @@ from ecg_jax.evaluation import features as frozen
 from ecg_jax.records import delineate
 
 PROJECTED = 64  # dimensions that all rungs are projected to
+SHORT = 730  # samples at 100 Hz, the length of most of CODE's recordings
 ABOUT = ("run", "architecture", "paradigm", "n_params", "n_records", "lineage")  # what F.npz may say of its maker
 
 
@@ -62,11 +63,21 @@ class Run:
 
         return Model(name, encoder.digest, extract, encoder)
 
+    def shortened(self) -> list[Model]:
+        """The encoder on the middle `SHORT` samples of every record: what is left when no set can be told by length."""
+
+        def extract(table: Any, split: str) -> np.ndarray:
+            return frozen.extract(self.encoder, frozen.cropped(table, SHORT), split, cache=self.cache)
+
+        return [Model(f"trained on {SHORT / 100:g} s", f"{self.encoder.digest}@{SHORT}", extract)]
+
     def fields(self, model: str) -> dict[str, Any] | None:
         """Columns of the eval log that belong to the run; for the untrained encoder those of a run that saw nothing."""
         known = {name: self.summary[name] for name in evalog.RUN_FIELDS if self.summary.get(name) is not None}
         known |= {"run": self.summary.get("run", self.name)}
         known["lineage"] = "+".join(dict.fromkeys(entry["dataset"] for entry in self.lineage)) or None
+        if model in BASELINES:
+            return _fields_of_baseline(known["run"], model)
         if model != "untrained":
             return known
         seen = ("n_records", "n_patients", "examples_seen", "epochs", "flops", "step")
@@ -112,6 +123,10 @@ class External:
         """The one model; there is no untrained twin to be had."""
         return [Model("trained", self.digest, self._features)]
 
+    def shortened(self) -> list[Model]:
+        """None: the features are given."""
+        return []
+
     def _features(self, table: Any, split: str) -> np.ndarray:
         missing = [name for name in table.record_ids if name not in self.rows]
         if missing:
@@ -125,6 +140,8 @@ class External:
         """Columns of the eval log; None, and so no rows, where the file does not say all that a law needs."""
         if not all(name in self.about for name in ("architecture", "paradigm", "n_params", "n_records", "lineage")):
             return None
+        if model in BASELINES:
+            return _fields_of_baseline(self.name, model)
         known = {name: self.about[name] for name in ABOUT[1:5]}
         return known | {"run": self.name, "lineage": "+".join(e["dataset"] for e in self.lineage) or None}
 
@@ -185,6 +202,11 @@ BASELINES: Mapping[str, Callable[[Any], np.ndarray]] = {
 def _length(table: Any) -> np.ndarray:
     length = np.asarray(table.valid)[:, 1] / 1000
     return np.stack([length, length**2, length >= 0.9], axis=1).astype(np.float64)
+
+
+def _fields_of_baseline(run: str, model: str) -> dict[str, Any]:
+    """Columns of the eval log of a baseline that was probed beside `run`: nothing of an encoder."""
+    return {"run": f"{run}:{model}", "architecture": "none", "paradigm": "baseline", "n_params": 0, "n_records": 0}
 
 
 def baseline_models() -> list[Model]:

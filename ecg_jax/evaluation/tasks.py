@@ -13,6 +13,7 @@ The fourth, `id`, is for the test split of a run's own data (`training`), never 
 domain, never across. Invariant: a domain depends on names and cards alone, never on a score.
 """
 
+import hashlib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -29,7 +30,9 @@ PRESETS = "presets.toml"
 
 @cache
 def cards() -> dict[str, dict[str, Any]]:
-    """Every task card, by data set: dataset, licence, split, traps, tasks {task: {labels?, means?}}."""
+    """Every task card, by data set: dataset, licence, split (its rule), split_hashes? {version: `split_hash`}, traps,
+    tasks {task: {labels?, means?}}.
+    """
     folder = resources.files("ecg_jax.evaluation") / "cards"
     found = (
         tomllib.loads(f.read_text("utf-8")) for f in folder.iterdir() if f.name.endswith(".toml") and f.name != PRESETS
@@ -53,6 +56,31 @@ def check(dataset: str, task: str, labels: Sequence[str]) -> None:
         odd = [name for name in labels if name not in fixed] or [name for name in fixed if name not in labels]
         what = f"first difference {odd[0]!r}" if odd else "in another order"
         raise DataError(f"{dataset}: labels of task {task} are not those of its task card ({what}); convert it again")
+
+
+def split_hash(record_hashes: Sequence[np.ndarray]) -> str:
+    """16 hex digits that name which records are in train, val and test: uint64 hashes of their ids, in any order."""
+    digest = hashlib.sha256()
+    for hashes in record_hashes:
+        ordered = np.sort(hashes).astype("<u8")
+        digest.update(len(ordered).to_bytes(8, "little") + ordered.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_split(dataset: str, version: str, found: str) -> str:
+    """In words what a data folder's split is, by its task card. Raises DataError where the card of this version has
+    another `split_hash`: numbers on it are not those of others on the same name.
+    """
+    card = cards().get(dataset.partition("@")[0])
+    if card is None:
+        return f"split {found}, no task card"
+    fixed = card.get("split_hashes", {}).get(version)
+    if fixed not in (None, found):
+        raise DataError(
+            f"{dataset} {version}: its split has the hash {found}, its task card says {fixed}; convert all of it, with "
+            "the default split"
+        )
+    return f"split {found} ({card['split']}{'' if fixed else '; the card has no hash to compare'})"
 
 
 def meanings(label: str, task: str | None, datasets: Iterable[str]) -> frozenset[str] | None:

@@ -17,7 +17,7 @@ from typing import Any
 from ecg_jax import __version__
 from ecg_jax.errors import DataError, MachineError, UsageError
 from ecg_jax.progress import track
-from ecg_jax.scaling import claims, export, families, multipliers, table, trajectories, transfer
+from ecg_jax.scaling import claims, export, families, multipliers, probed, table, trajectories, transfer
 from ecg_jax.scaling.analysis import Options, analyse, choose_forms
 from ecg_jax.scaling.families import RunSet, SeedNoise
 
@@ -41,14 +41,16 @@ def fit(
     fixed: Mapping[str, float | str] | None = None,
     title: str | None = None,
     banner: str | None = None,
+    probes: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Fit laws to the eval logs or run folders `paths` and write everything into the folder `out`.
 
     form: auto (the one that extrapolates best) or a name of `analysis.FORMS`. loss, delta: see `solve`.
     bootstrap: draws, 0 for no intervals. predict: a table of (n_params, n_records) to predict. columns,
     melt, metric: see `table.read`. fixed: parameters held at a number or tied to another, by name. title:
-    the report's heading; banner: a line over it, such as "demonstration, not a study". Returns the paths
-    written, the laws and the multipliers as in their JSON files, and notes. Deterministic by `seed`. Raises
+    the report's heading; banner: a line over it, such as "demonstration, not a study". probes: CSVs of
+    `ecg-jax table`, shown in the report. Returns the paths written, the laws and the multipliers as in their JSON
+    files, and notes. Deterministic by `seed`. Raises
     UsageError (options), DataError (tables), MachineError (disk).
     """
     options = Options(form, loss, delta, bootstrap, level, seed, tuple((fixed or {}).items())).checked()
@@ -57,6 +59,7 @@ def fit(
         raise UsageError(f"{out} is a file; give a folder for the report")
     if predict is not None and not Path(predict).is_file():
         raise DataError(f"{predict}: no such file (--predict)")
+    tables_of_probes = probed.read(probes)
     read = table.read([paths] if isinstance(paths, str | Path) else paths, columns=columns, melt=melt, metric=metric)
     sets = families.group(read)
     chosen = choose_forms(sets, options)
@@ -92,6 +95,7 @@ def fit(
         transfers=tuple(moved),
         drawings=tuple(drawings),
         predicted=texts.get("predictions.csv"),
+        probed=tuple(tables_of_probes),
     )
     texts["report.html"] = report.render(study)
     summary = {

@@ -14,7 +14,7 @@ from html import escape
 
 import numpy as np
 
-from ecg_jax.scaling import checklist, claims, identify, methods, numbers, page
+from ecg_jax.scaling import checklist, claims, identify, methods, numbers, page, probed
 from ecg_jax.scaling.analysis import LawResult, Options
 from ecg_jax.scaling.drawing import Drawing
 from ecg_jax.scaling.export import allocation_of, amplitudes_of
@@ -41,6 +41,7 @@ class Study:
     transfers: tuple[Transfer, ...]
     drawings: tuple[Drawing, ...]
     predicted: str | None  # text of predictions.csv
+    probed: tuple[dict[str, str], ...] = ()  # `probed.read`
 
 
 def render(study: Study) -> str:
@@ -60,6 +61,8 @@ def _body(study: Study) -> Iterator[str]:
         sections.append(("transfer", "OOD against ID", _transfer))
     if any(d.kind == "trajectory" for d in study.drawings):
         sections.append(("trajectories", "Loss against step", _trajectories))
+    if study.probed:
+        sections.append(("probed", "Probes", lambda s: probed.render(s.probed)))
     if study.predicted:
         sections.append(("predictions", "Predictions", _predictions))
     sections.append(("methods", "Methods", lambda s: methods.render(s.results, s.transfers, s.options, s.version)))

@@ -280,6 +280,8 @@ def _not_wanted(row: Mapping[str, Any], metric: str | None, where: str) -> str |
         return "contaminated (the encoder's lineage has seen the data)"
     if str(row.get("paradigm") or "").lower() == "untrained":
         return "untrained encoder (a reference, not a run)"
+    if str(row.get("paradigm") or "").lower() == "baseline":
+        return "baseline without an encoder (a reference, not a run)"
     if row.get("label") not in (None, "macro"):
         return "single label (laws are fitted to macro rows)"
     return None

@@ -15,6 +15,7 @@ import pytest
 
 from ecg_jax.errors import DataError, DivergedError, UsageError
 from ecg_jax.evaluation import compare, evalog, features, metrics, probe, report, sources
+from ecg_jax.scaling import table as scaling_table
 from ecg_jax.shards import catalog
 from ecg_jax.shards.tables import Table
 
@@ -108,8 +109,11 @@ def test_a_probe_from_tables_to_rows(run_dir, tables):
     got = probe.probe_run(run_dir.path, "ptbxl", "main", tables=tables, bootstrap=200)
     rows = evalog.read(run_dir.path)
     trained = [r for r in rows if r["run"] == "R4-s0" and r["probe"] == "logistic"]
-    assert {r["run"] for r in rows} == {"R4-s0", "R4-s0:untrained"}
-    assert {r["probe"] for r in rows} == {"logistic", "logistic@64", "adam"}
+    alone = {f"R4-s0:{name}" for name in sources.BASELINES}
+    assert {r["run"] for r in rows} == {"R4-s0", "R4-s0:untrained"} | alone
+    read = scaling_table.read([run_dir.path])
+    assert not any(r["run"] in alone for r in read.rows) and any("baseline" in reason for reason in read.left_out)
+    assert {r["probe"] for r in rows} == {"logistic", "logistic@64", "logistic@7.3s", "adam"}
 
     # Domains by name, macros within each, single-class labels in the loss only.
     of = {(r["label"], r["domain"], r["metric"]): r for r in trained}
@@ -140,7 +144,12 @@ def test_a_probe_from_tables_to_rows(run_dir, tables):
 
     # What training added, paired; the untrained encoder is a run of its own that saw nothing.
     assert [entry["against"] for entry in got["difference"][:2]] == ["untrained", "untrained"]
-    assert {entry["against"] for entry in got["difference"]} == {"untrained", "trained in 64-d", *sources.BASELINES}
+    assert {entry["against"] for entry in got["difference"]} == {
+        "untrained",
+        "trained in 64-d",
+        "trained on 7.3 s",
+        *sources.BASELINES,
+    }
     gain = got["difference"][0]["metrics"]
     assert gain["bce"]["macro"]["ci_high"] < 0 and gain["auroc"]["macro"]["ci_low"] > 0
     assert gain["auroc"]["macro ood_seen"]["n_labels"] == 1
@@ -224,7 +233,10 @@ def test_features_of_another_tool_go_through_the_same_probe(run_dir, tables, tmp
     np.savez(tmp_path / "ecgfm.npz", **kept, **about)
     probe.probe_run(None, "d", "main", reopen=True, **options)
     rows = evalog.read(tmp_path / "out")
-    assert {(r["run"], r["domain"], r["n_params"]) for r in rows} == {("ecgfm", "contaminated", 90_900_000)}
+    made = {(r["run"], r["domain"], r["n_params"]) for r in rows if r["paradigm"] != "baseline"}
+    assert made == {("ecgfm", "contaminated", 90_900_000)} and len({r["run"] for r in rows}) == 1 + len(
+        sources.BASELINES
+    )
     np.savez(tmp_path / "ecgfm.npz", record_id=kept["record_id"][1:], features=kept["features"][1:])
     with pytest.raises(DataError, match=r"ecgfm.npz: no features of 1 of"):
         probe.probe_run(None, "d", "main", **(options | {"out": tmp_path / "more"}))
@@ -251,8 +263,8 @@ def test_a_table_of_encoders_marks_the_best_and_those_not_told_from_it(run_dir, 
     best = [line for line in text.splitlines() if "**" in line]
     assert len(best) == 1 and best[0].startswith("| R4-s0") and "| age and sex | 0.500 [" in text
     tied = [line for line in text.splitlines() if " = " in line]
-    assert all(line.startswith("| R4-s0") for line in tied)  # the projection may be as good, the baselines not
-    assert "R4-s0: untrained" in got["rows"] and (tmp_path / "t" / "table-auroc.csv").read_text().count("\n") == 8
+    assert all(line.startswith("| R4-s0") for line in tied)  # projection and crop may be as good, the baselines not
+    assert "R4-s0: untrained" in got["rows"] and (tmp_path / "t" / "table-auroc.csv").read_text().count("\n") == 9
     preset = report.table([run_dir.path], tmp_path / "p", metric="bce", preset="ptbxl", resamples=20)
     assert preset["missing"] == ["superclass", "subclass", "form", "rhythm", "diagnostic"]
     with pytest.raises(DataError, match="no logistic probe"):

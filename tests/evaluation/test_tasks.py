@@ -1,5 +1,6 @@
 """Domains of labels: the rule, fixed before looking."""
 
+import numpy as np
 import pytest
 
 from ecg_jax.errors import DataError, UsageError
@@ -68,3 +69,18 @@ def test_labels_in_another_order_than_the_card_are_refused():
     for wrong, says in ((order[::-1], "another order"), ([*order[:4], "XX"], "'XX'"), (order[:4], "'STTC'")):
         with pytest.raises(DataError, match=says):
             tasks.check("ptbxl@7.3s", "superclass", wrong)
+
+
+def test_a_split_is_named_by_its_records_and_checked_where_the_card_names_it(monkeypatch):
+    train, val, test = np.arange(5, dtype=np.uint64), np.array([7, 9], np.uint64), np.array([8], np.uint64)
+    found = tasks.split_hash([train, val, test])
+    assert found == tasks.split_hash([train[::-1], val, test])
+    assert len({found, tasks.split_hash([train, test, val]), tasks.split_hash([train[:4], val, test])}) == 3
+    assert "strat_fold" in tasks.check_split("ptbxl", "1.0.3", found) and "no task card" in tasks.check_split(
+        "x", "1", found
+    )
+    monkeypatch.setattr(tasks, "cards", lambda: {"ptbxl": {"split": "folds", "split_hashes": {"1.0.3": found}}})
+    assert tasks.check_split("ptbxl@7.3s", "1.0.3", found) == f"split {found} (folds)"
+    assert "no hash to compare" in tasks.check_split("ptbxl", "1.0.1", "0")
+    with pytest.raises(DataError, match="its task card says"):
+        tasks.check_split("ptbxl", "1.0.3", "0")

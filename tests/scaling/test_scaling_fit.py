@@ -37,10 +37,13 @@ def study(tmp_path_factory):
     runs = fake_log.write_runs(folder / "runs", fake_log.rows())
     plan = folder / "plan.csv"
     plan.write_text("name,n_params,n_records\nnext,200000,32768\nseen,60288,8192\n")
+    table = folder / "table-auroc.csv"
+    table.write_text("metric,encoder,column,value,ci_low,ci_high,best,tied\nauroc,R4,x:y,0.91,0.88,0.94,True,False\n")
     result = fit(
         [runs],
         folder / "out",
         bootstrap=300,
+        probes=[table],
         predict=plan,
         title="Two <families>",
         banner="demonstration, not a study",
@@ -121,6 +124,7 @@ def test_report_stands_alone_and_is_well_formed(study):
     page.feed(text)
     assert not page.open and not page.loaded and "url(http" not in text and "@import" not in text
     assert len(page.ids) == len(set(page.ids))
+    assert '<h2 id="probed">Probes</h2>' in text and "<b>0.910</b> [0.880, 0.940]" in text
     assert "demonstration, not a study" in text and "<h1>Two &lt;families&gt;</h1>" in text
     assert (
         'name="viewport"' in text
