@@ -57,8 +57,10 @@ class Checkpoints:
             host: JSON-able.
 
         Raises:
-            MachineError: this or the checkpoint before it could not be written (disk full, folder gone).
+            MachineError: this or the checkpoint before it could not be written (disk full, folder gone), or another
+                process does not come.
         """
+        hosts.meet("checkpoint")  # Orbax would wait for minutes for one that hangs, and name nobody
         try:
             manager = self._open()
             # Copied, because it is written later, by a thread, when the loop has gone on.
