@@ -1,4 +1,4 @@
-"""What each process of `test_hosts` does, with few imports: `python host_child.py DATA RUN [word ...] [then=RUN ...]`.
+"""What each process of `test_hosts` does, with few imports: `child`, of data, run folder, words and `then=RUN` words.
 
 Ten steps of some networks one by one, then whole runs of the toy; prints JSON. Words are overrides of the configuration
 of a run, and: `only=loop` leaves out the steps, `slow=S` makes each step of the run last S seconds, `stop=N` sends the
@@ -126,5 +126,10 @@ def _run(given: dict, config, data: str, out: Path) -> None:
             kind.take = take
 
 
-if __name__ == "__main__":
-    run(*sys.argv[1:])
+def child(environment: dict[str, str], log: Path, *words: str) -> None:
+    """`run` in a process that was forked with all of this imported; what it prints goes to `log`.out and `log`.err."""
+    os.environ.update(environment)
+    for number, kind in ((1, "out"), (2, "err")):
+        with open(f"{log}.{kind}", "wb") as file:
+            os.dup2(file.fileno(), number)
+    run(*words)
