@@ -183,4 +183,5 @@ def checksum(arrays: Any) -> int:
 def _line(error: BaseException) -> str:
     while error.__cause__ is not None:  # Orbax wraps what went wrong, several times over
         error = error.__cause__
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+    text = " ".join(str(error).split())
+    return (text if " " in text else f"{type(error).__name__}: {text}")[:200]  # a bare word says nothing by itself
