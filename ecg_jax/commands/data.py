@@ -150,8 +150,9 @@ def _verify(args: argparse.Namespace) -> int:
 
     result = inspection.verify(args.path)
     show(result, args.json, inspection.verified_lines)
-    if result["damaged"]:
-        raise DataError(f"{result['path']}: {len(result['damaged'])} files are not what card.json names; {REPAIR}")
+    if count := len(result["damaged"]):
+        what = "1 file is" if count == 1 else f"{count} files are"
+        raise DataError(f"{result['path']}: {what} not what card.json names, {result['damaged'][0]}; {REPAIR}")
     return 0
 
 

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 from ecg_jax.commands.common import add, show
-from ecg_jax.errors import EcgJaxError
 
 
 def train(commands) -> None:
@@ -33,7 +32,7 @@ def _run_train(args: argparse.Namespace) -> int:
         runtime.spread(resolved, folder.devices(args.run_dir))
     try:
         summary = train(resolved, args.run_dir)
-    except EcgJaxError as error:
+    except Exception as error:
         hosts.leave(error)
         raise
     if not hosts.first():

@@ -8,8 +8,12 @@ every epoch each chosen record comes exactly once; batch `s` is the same whether
 TensorFlow never sees a GPU.
 """
 
+import contextlib
+import ctypes
 import os
+import time
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from ecg_jax.records.leads import expand_matrix
 from ecg_jax.records.windows import MAX_PEAKS
 from ecg_jax.shards import schema
 from ecg_jax.shards.catalog import WHOLE, Subset
+from ecg_jax.shards.grouping import LANES
 from ecg_jax.shards.host import to_twelve
 from ecg_jax.shards.tables import FIELDS, Selection, choose, read_codes
 
@@ -35,6 +40,7 @@ STORED: dict[str, tuple[list[int], str]] = {
     "valid": ([2], "int64"),
 }
 MANY_EPOCHS = 1 << 40
+TRIM_SECONDS = 0.5  # at least between two returns of memory; one takes 20 ms
 
 
 def batches(
@@ -50,6 +56,7 @@ def batches(
     subset: Subset = WHOLE,
     exclude: Collection[int] = frozenset(),
     codes: Sequence[Path | str] | None = None,
+    lanes: Collection[int] = range(LANES),
     fields: Sequence[str] = FIELDS,
     buffer_records: int = 4096,
     threads: int | None = None,
@@ -64,6 +71,8 @@ def batches(
                     valid int32 [B, 2], rpeaks int16 [B, 50] and codes uint16 [B, 256] as a table has them, age, sex
                     float32 [B], quality int64 [B], and as bytes [B] record_id, patient_id, source, signature, meta
 
+    lanes           only the shards of these are read, in an order of their own (by a process among several, which asks
+                    for its part of the batch)
     buffer_records  serialized examples shuffled together, 24 kB each
     threads         of the pipeline; None: the cores that this process may use
 
@@ -76,6 +85,10 @@ def batches(
     unknown = [name for name in fields if name not in (*STORED, "labels", "codes")]
     if unknown or ("codes" in fields and codes is None):
         raise UsageError(f"the stream carries no {unknown[0] if unknown else 'codes: name the folders of codes'}")
+    if len(lanes) < LANES:
+        chosen = replace(chosen, parts=tuple(part for part in chosen.parts if part[1].number % LANES in lanes))
+        if not chosen.parts:
+            raise DataError(f"no record of {split} lies in the shards of lanes {list(lanes)}: take a larger subset")
     finish = _Finish(chosen, fields, codes)
     threads = threads or len(os.sched_getaffinity(0))
     return _iterate(chosen, finish, batch, seed, start_step, steps, buffer_records, threads)
@@ -95,13 +108,26 @@ def _iterate(
     first_epoch, skip = divmod(start_step * batch, chosen.records)
     dataset = _dataset(tf, chosen, finish.parsed, batch, seed, first_epoch, skip, buffer_records, threads)
     iterator = iter(dataset.as_numpy_iterator())
+    trimmed, before = time.monotonic(), first_epoch
     for step in range(start_step, MANY_EPOCHS) if steps is None else range(start_step, start_step + steps):
         try:
             raw = next(iterator)
         except tf.errors.OpError as error:
             raise _explained(chosen, error) from None
-        position = np.arange(step * batch, (step + 1) * batch)
-        yield finish(raw) | {"epoch": (position // chosen.records).astype(np.int32)}
+        epoch = (np.arange(step * batch, (step + 1) * batch) // chosen.records).astype(np.int32)
+        if epoch[-1] != before and time.monotonic() - trimmed > TRIM_SECONDS:
+            _give_back()
+            trimmed = time.monotonic()
+        before = epoch[-1]
+        yield finish(raw) | {"epoch": epoch}
+
+
+def _give_back() -> None:
+    """Have the C library give back memory that is free. Every epoch is read by new threads of TensorFlow, each of which
+    fills a heap of its own with a whole shuffle buffer: glibc keeps all of them, as many as eight for each core.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _tensorflow() -> Any:

@@ -355,7 +355,10 @@ def _check_layout(data: np.ndarray, rows: np.ndarray, fixed: dict, path: Path, n
     """One full decode a shard: it must be a shard of this data set, and the constant distances, and the walk to the R
     peaks, must lead to what the fields hold."""
     start, length = int(rows["frame"][0]) + schema.HEADER, int(rows["length"][0])
-    stored = schema.decode(data[start : start + length].tobytes())
+    try:
+        stored = schema.decode(data[start : start + length].tobytes())
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     if hash64("record", name, stored["record_id"]) != int(rows["record"][0]):
         raise DataError(f"{path}: holds records of another data set ({stored['record_id']!r}); {schema.REPAIR}")
     found = {name: _gather(data, rows[:1], *place).tobytes() for name, place in fixed.items()}

@@ -57,8 +57,10 @@ class Checkpoints:
             host: JSON-able.
 
         Raises:
-            MachineError: this or the checkpoint before it could not be written (disk full, folder gone).
+            MachineError: this or the checkpoint before it could not be written (disk full, folder gone), or another
+                process does not come.
         """
+        hosts.meet("checkpoint")  # Orbax would wait for minutes for one that hangs, and name nobody
         try:
             manager = self._open()
             # Copied, because it is written later, by a thread, when the loop has gone on.
@@ -181,4 +183,5 @@ def checksum(arrays: Any) -> int:
 def _line(error: BaseException) -> str:
     while error.__cause__ is not None:  # Orbax wraps what went wrong, several times over
         error = error.__cause__
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+    text = " ".join(str(error).split())
+    return (text if " " in text else f"{type(error).__name__}: {text}")[:200]  # a bare word says nothing by itself

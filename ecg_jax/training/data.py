@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -140,13 +140,15 @@ def load(config: Config, tables: Mapping[str, Table] | None, mesh: Mesh, quiet: 
             return lambda step: host.batches(mapped, order, fields, lanes, step)
 
     elif loader == "stream":
-        batches = _stream(config, where, subset, limits, task, codes)
+        batches = _stream(config, where, subset, limits, task, codes, lanes)
     _fitting(config, [table for table in (train, val, test) if table is not None])
     train = train if loader == "resident" else None
     facts = {
         split: {"records": found.records, "patients": found.patients, "digest": found.digest}
         for split, found in about.items()
     }
+    if loader == "stream" and hosts.count() > 1:
+        facts["stream processes"] = hosts.count()  # each has an order of its own, so another number is another order
     lineage = [entry for folder in folders for entry in folder.card.get("lineage", [])]
     if book:
         facts["codebook"] = book.id
@@ -283,14 +285,20 @@ def _card_counts(folders: list[catalog.DataFolder], task: str, names: Any) -> tu
 
 
 def _stream(
-    config: Config, folders: list[Path], subset: Any, limits: dict, task: str, codes: list[str] | None
+    config: Config,
+    folders: list[Path],
+    subset: Any,
+    limits: dict,
+    task: str,
+    codes: list[str] | None,
+    lanes: Sequence[int],
 ) -> Callable[[tuple[str, ...]], Batches]:
-    how = {"subset": subset, "codes": codes, **limits}
+    how = {"subset": subset, "codes": codes, "lanes": lanes, **limits}
 
     def batches(fields: tuple[str, ...], start_step: int) -> Iterator[dict]:
         from ecg_jax.shards import stream  # TensorFlow: only where it is needed
 
-        batch, seed = config.train.batch, config.train.seed
+        batch, seed = config.train.batch * len(lanes) // LANES, config.train.seed
         return stream.batches(folders, "train", task, batch, seed, fields=fields, start_step=start_step, **how)
 
     return lambda fields: functools.partial(batches, fields)
@@ -298,11 +306,9 @@ def _stream(
 
 def _loader(config: Config, tables: Any, folders: list[catalog.DataFolder], mesh: Mesh, quiet: bool) -> Loader:
     """What `auto` means here: `resident` where the records fit half of the memory of the devices, `host` where they fit
-    that of the machine, so that a shuffled read costs no disk, else `stream`; `host` on several hosts.
+    that of the machines, so that a shuffled read costs no disk, else `stream`.
     """
     loader = config.train.loader
-    if loader == "stream" and hosts.count() > 1:
-        raise UsageError("train.loader = 'stream' feeds one process only; use host or resident on several")
     if loader in ("stream", "host") and not folders:
         raise UsageError(f"train.loader = {loader!r} reads data folders; name them in data.folders")
     if loader != "auto":
@@ -313,8 +319,9 @@ def _loader(config: Config, tables: Any, folders: list[catalog.DataFolder], mesh
     records = sum(folder.card["splits"].get(split, {}).get("records", 0) for folder in folders for split in splits)
     need = records * 1000 * 2 * max((len(folder.card["leads"]) for folder in folders), default=12) * 1.1
     have, where = _memory(mesh)
-    free = _free_memory() * hosts.count()
-    chosen: Loader = "resident" if need <= have / 2 else "host" if need <= free or hosts.count() > 1 else "stream"
+    # All have to come to the same, by the machine that has least.
+    have, free = np.min(hosts.gather(np.array([[have, _free_memory() * hosts.count()]])), (0, 1)).tolist()
+    chosen: Loader = "resident" if need <= have / 2 else "host" if need <= free else "stream"
     if not quiet:
         why = {
             "resident": f"half of the {have / 2**30:.1f} GiB {where} holds them",

@@ -110,11 +110,11 @@ def check_data(run_dir: Path, found: dict[str, Any]) -> None:
     path = run_dir / DATA
     if path.exists() and begun(run_dir):
         held = json.loads(path.read_text())
-        differing = [key for key in found if held.get(key) != found[key]]
+        differing = [key for key in found | held if held.get(key) != found.get(key)]
         if differing:
             key = differing[0]
             raise UsageError(
-                f"the data of {run_dir} have changed: {key} was {held.get(key)!r}, now {found[key]!r}; "
+                f"the data of {run_dir} have changed: {key} was {held.get(key)!r}, now {found.get(key)!r}; "
                 "restore the data folders or give another run folder"
             )
     else:

@@ -8,12 +8,13 @@ Invariant: every process calls these functions in the same order. Who does not c
 (the environment variable ECG_JAX_TIMEOUT says otherwise).
 """
 
+import atexit
 import contextlib
 import json
 import os
 import sys
-import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,12 +29,13 @@ from ecg_jax import errors
 from ecg_jax.errors import EcgJaxError, MachineError, UsageError
 from ecg_jax.shards.grouping import LANES
 from ecg_jax.training import mesh as mesh_lib
+from ecg_jax.training import peers
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 TIMEOUT = 300.0  # seconds at a meeting
-FAILURE = "after a failure"
-LOST = 10.0  # the same after a collective has failed: who is there comes at once
+LOST = 10.0  # seconds in which news of the others come, where there are any
 _met: Counter[str] = Counter()
+_line: peers.Line | None = None  # where there are other processes
 
 
 def join() -> None:
@@ -53,31 +55,22 @@ def join() -> None:
     check_count(count)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     seconds = int(float(os.environ.get("ECG_JAX_TIMEOUT", TIMEOUT)))
-    # Left to itself jax aborts with a page of stack when the others do not come.
-    clock = threading.Timer(seconds, _in_vain, (own, count, given[VARIABLES[0]], seconds))
-    clock.daemon = True
-    clock.start()
+    global _line
+    _line = peers.Line(own, count, given[VARIABLES[0]], seconds)
     try:
         jax.distributed.initialize(
             given[VARIABLES[0]],
             count,
             own,
             cluster_detection_method="deactivate",
-            initialization_timeout=2 * seconds + 10,
+            initialization_timeout=seconds,
             shutdown_timeout_seconds=min(seconds, 30),
         )
     except (RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())[:300]
         raise MachineError(f"process {own} of {count} cannot join the others at {given[VARIABLES[0]]}: {why}") from None
-    finally:
-        clock.cancel()
+    atexit.register(_line.tell, None)
     meet("join")
-
-
-def _in_vain(own: int, count: int, address: str, seconds: int) -> None:
-    text = f"process {own} waited {seconds} s for all {count} processes to come to {address}: look which did not start"
-    os.write(2, f"ecg-jax: error: {text}\n".encode())
-    os._exit(MachineError.exit_code)
 
 
 def check_count(processes: int, shards: int = LANES, what: str = "lanes of the data") -> None:
@@ -144,25 +137,46 @@ def together(name: str) -> Iterator[None]:
     meet(name)
 
 
-def leave(error: EcgJaxError) -> None:
+def leave(error: Exception) -> None:
     """The end of a command that failed in a run of several processes: tells the others, who may stand at a collective,
-    and ends at once, since a farewell waits for everybody. Where a process is alone, or all were told to stop, nothing.
+    and ends this one at once, since jax's farewell waits for everybody. Where a process is alone, or all were told to
+    stop, nothing.
     """
-    if count() == 1 or isinstance(error, errors.InterruptedRun):
+    if _line is None or isinstance(error, errors.InterruptedRun):
         return
-    print(f"ecg-jax: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    with contextlib.suppress(EcgJaxError, RuntimeError):
-        meet(FAILURE, error, seconds=LOST if first() else 0)  # the coordinator stays until it has been heard
-    os._exit(error.exit_code)
+    if not isinstance(error, EcgJaxError):
+        traceback.print_exception(error)
+        kind = MachineError if isinstance(error, OSError | MemoryError) else EcgJaxError
+        error = kind(f"failed with {type(error).__name__}: {error}")
+    _line.leave(error)
+
+
+def tell(error: EcgJaxError) -> None:
+    """Have the other processes end with `error`, since this one is about to end without them."""
+    if _line is not None:
+        _line.tell(error)
 
 
 def lost(error: Exception) -> EcgJaxError:
-    """What to say of a collective that failed: who is missing, if somebody is."""
-    try:
-        meet(FAILURE, seconds=LOST)
-    except EcgJaxError as found:
-        return found
+    """What to say of a collective that failed, unless a process is gone: then this one is ended meanwhile, by name."""
+    time.sleep(LOST)
     return MachineError(f"the devices failed: {' '.join(str(error).split())[:300]}")
+
+
+def stands(done: int) -> str:
+    """Where each process of a run that hangs stands, in words; nothing where a process is alone. To be called by all at
+    about the same time, as their watchdogs do, with the dispatches that they have completed; who does not is named.
+    """
+    if count() == 1:
+        return ""
+    client, key = distributed.global_state.client, "ecg_jax/stands/"
+    try:
+        client.key_value_set(f"{key}{jax.process_index()}", f"completed {done} dispatches", allow_overwrite=True)
+        time.sleep(LOST)
+        said = dict(client.key_value_dir_get(key))
+    except RuntimeError:
+        return "process 0, the coordinator, is gone"
+    return "; ".join(f"process {other} {said.get(f'{key}{other}', 'does not answer')}" for other in range(count()))
 
 
 def gather(array: np.ndarray) -> list[np.ndarray]:

@@ -24,6 +24,7 @@ from ecg_jax.errors import InterruptedRun
 from ecg_jax.models import ladder
 from ecg_jax.models.ladder import ResNet1dConfig
 from ecg_jax.shards.grouping import LANES
+from ecg_jax.training import hosts
 
 WIDE = 32  # channels of a ResNet's first stage from which its convolutions fill all cores of a CPU
 LARGE = 20e6  # parameters of a Transformer from which updating them on every device costs more than it wins
@@ -164,11 +165,10 @@ def stop_signals(where: str = "") -> Iterator[Stop]:
     clocks: list[threading.Timer] = []
 
     def too_late() -> None:
-        end(
-            InterruptedRun.exit_code,
-            f"ecg-jax: error: {where}: what was under way did not end within {GRACE:.0f} s of {stop.signal}; "
-            f"{stop.saved}; run it again to go on",
-        )
+        late = f"what was under way did not end within {GRACE:.0f} s of {stop.signal}"
+        text = f"{where}: {late}; {stop.saved}; run it again to go on"
+        hosts.tell(InterruptedRun(text))
+        end(InterruptedRun.exit_code, f"ecg-jax: error: {text}")
 
     def end(code: int, message: str) -> None:
         os.write(2, message.encode() + b"\n")  # no buffer, no lock: whoever holds them is interrupted here
@@ -196,17 +196,19 @@ def stop_signals(where: str = "") -> Iterator[Stop]:
 
 
 class Watchdog:
-    """Shows the stacks of all threads when no step has completed for `minutes` (0: never); changes nothing."""
+    """Shows the stacks of all threads when no step has completed for `minutes` (0: never), and, of several processes,
+    which does not answer; changes nothing.
+    """
 
     def __init__(self, minutes: float, where: str) -> None:
         self._seconds, self._where = 60 * minutes, where
-        self._seen, self._end = time.monotonic(), threading.Event()
+        self._seen, self._steps, self._end = time.monotonic(), 0, threading.Event()
         if minutes > 0:
             threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     def beat(self) -> None:
         """A step has completed."""
-        self._seen = time.monotonic()
+        self._seen, self._steps = time.monotonic(), self._steps + 1
 
     def close(self) -> None:
         self._end.set()
@@ -218,6 +220,8 @@ class Watchdog:
                 waited = f"{self._seconds / 60:.3g} minutes"
                 os.write(2, f"watchdog: {self._where}: no step completed for {waited}; the stacks:\n".encode())
                 faulthandler.dump_traceback(2, all_threads=True)
+                if others := hosts.stands(self._steps):
+                    os.write(2, f"watchdog: {others}\n".encode())
                 due = time.monotonic() + self._seconds
             else:
                 due = self._seen + self._seconds

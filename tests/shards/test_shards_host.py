@@ -105,6 +105,9 @@ def test_a_shard_of_another_data_set_is_refused(tmp_path):
     target.path.write_bytes(shard.path.read_bytes())
     with pytest.raises(DataError, match=rf"{target.path}.*(names|another data set|checksum).*ecg-jax convert"):
         tables.load([ours], "train", "main")
+    target.path.write_bytes(b"x" * target.bytes)
+    with pytest.raises(DataError, match=rf"{target.path}: .*cannot be decoded.*ecg-jax convert"):
+        mapped([ours])
     swapped = target.path.with_name(target.path.name + schema.INDEX_SUFFIX)
     swapped.write_bytes(shard.path.with_name(shard.path.name + schema.INDEX_SUFFIX).read_bytes())
     with pytest.raises(DataError, match=r"is not the index that card\.json names"):

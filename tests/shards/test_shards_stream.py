@@ -1,6 +1,7 @@
 """The tests that need TensorFlow: the stream loader, and our bytes against TensorFlow's own reader and
 writer."""
 
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -71,6 +72,30 @@ def test_going_on_at_a_step_gives_the_rest_of_the_same_run(folder, threads):
             np.testing.assert_array_equal(one[field], two[field])
     other = run([folder], 24, 8, steps=1)[0]
     assert other["record_hash"].tolist() != whole[0]["record_hash"].tolist()
+
+
+def test_of_some_lanes_only_their_shards_are_read(folder, tmp_path):
+    """What a process among several does: each record of its lanes once an epoch, whatever lies in the others' files."""
+    copy = tmp_path / folder.parent.name / folder.name
+    shutil.copytree(folder, copy)
+    for shard in open_folder(copy).shards("train"):
+        if shard.number % 8 >= 4:
+            shard.path.write_bytes(bytes(shard.bytes))
+    own = tables.load([folder], "train", "main", lanes=range(4))
+    found = run([copy], len(own), 3, steps=2, lanes=range(4))
+    for epoch, one in enumerate(found):
+        assert sorted(one["record_hash"].tolist()) == sorted(own.record_hash.tolist()) and set(one["epoch"]) == {epoch}
+    (rest,) = run([copy], len(own), 3, start_step=1, steps=1, lanes=range(4))
+    np.testing.assert_array_equal(rest["record_hash"], found[1]["record_hash"])
+    with pytest.raises(DataError, match=r"no record of train lies in the shards of lanes \[7\]"):
+        run(
+            [copy],
+            8,
+            3,
+            steps=1,
+            lanes=[7],
+            exclude=frozenset(tables.load([folder], "train", "main", lanes=[7]).group_hash.tolist()),
+        )
 
 
 def test_subsets_and_exclusions_are_those_of_the_table(folder):

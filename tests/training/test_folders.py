@@ -10,6 +10,7 @@ from ecg_jax.datasets import open_source
 from ecg_jax.errors import DataError, UsageError
 from ecg_jax.shards.catalog import group_hex, open_folder
 from ecg_jax.shards.convert import convert
+from ecg_jax.training import folder as folder_lib
 from ecg_jax.training import loop
 
 
@@ -90,3 +91,14 @@ def test_millivolt_is_refused_where_there_is_none(toy, tables, tmp_path):
     unitless = {name: dataclasses.replace(table, unit="z") for name, table in tables.items()}
     with pytest.raises(UsageError, match=r"model\.scale = 'mv'.*'z'"):
         loop.train(tiny_run.config("model.scale=mv"), tmp_path / "run", tables=unitless, quiet=True)
+
+
+def test_going_on_with_another_number_of_streams_is_refused(tmp_path):
+    """Each process has an order of its own."""
+    facts = {"train": {"records": 299}}
+    folder_lib.check_data(tmp_path, facts | {"stream processes": 2})
+    (tmp_path / folder_lib.METRICS).write_text("begun")
+    folder_lib.check_data(tmp_path, facts | {"stream processes": 2})
+    for now, found in ((None, facts), (4, facts | {"stream processes": 4})):
+        with pytest.raises(UsageError, match=f"stream processes was 2, now {now}; restore"):
+            folder_lib.check_data(tmp_path, found)
