@@ -233,8 +233,9 @@ def _follow(folder: Folder, crew: Any, quiet: bool) -> dict[str, str]:
     shown = _Display(folder, quiet)
     with _signals(crew) as stop, shown:
         try:
-            crew.start()
-            lives, told = True, False
+            lives, told = not set(folder.states(folder.jobs()).values()) <= set(table.ENDED[:3]), False
+            if lives:
+                crew.start()
             while lives:
                 looked = time.monotonic()
                 planned = folder.jobs()
