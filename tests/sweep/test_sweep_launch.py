@@ -175,6 +175,7 @@ def test_a_diverged_run_is_kept_and_what_is_finished_is_not_begun_again(changed,
 
     monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(Folder, "open", lambda root: Folder(root, sweep))
+    monkeypatch.setattr(stops, "heard", [])
     monkeypatch.setattr(runtime, "spread", lambda: None)
     assert work.work(tmp_path) == 2 and work.work(tmp_path) == 0 and len(begun) == 2
     states = Folder(tmp_path, sweep).states(folder.jobs())
