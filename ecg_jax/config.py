@@ -134,7 +134,7 @@ class TrainConfig:
     seed: int = 0
     precision: Literal["float32", "bfloat16", "auto"] = "auto"  # auto: bfloat16 on GPU and TPU, float32 on CPU
     log_every: int = 10  # steps per line of metrics.jsonl
-    devices: int = 0  # data-parallel devices (0: all)
+    devices: int = 0  # data-parallel devices (0: all; on a CPU as many as are fastest, see `runtime.share`)
     fsdp: int = 1  # how many of them share one copy of the large arrays
     cache_dir: str | None = None  # compiled programs (None: the user's cache folder, "": off)
     watchdog: float = 15.0  # minutes without a step after which all stacks are shown (0: never)

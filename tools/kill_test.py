@@ -180,7 +180,8 @@ def main() -> int:
         return sum("kills" in event["what"] for event in happened)
 
     while kills() < args.kills:
-        number, before = sum("compared" in event["what"] for event in happened), len(happened)
+        compared = [i for i, event in enumerate(happened, 1) if "compared" in event["what"]]
+        number, before = len(compared), max(compared, default=0)
         out = args.work / f"cut{number}"
         cut(args.words, out, note, args.kills - kills(), tuple(args.after), rng)
         found = digests(out, names)

@@ -9,9 +9,8 @@ from ecg_jax.commands.common import add, show
 
 def train(commands) -> None:
     example = "train configs/supervised_ptbxl.toml --run runs/R4 model.rung=R4 optim.lr=1e-3"
-    parser = add(
-        commands, "train", "train one encoder; resumes if the run folder exists", example, _run_train, goes_on=True
-    )
+    what = "train one encoder; resumes if the run folder exists"
+    parser = add(commands, "train", what, example, _run_train, goes_on=True)
     several = "sbatch --nodes=2 tools/launch_slurm.sh CONFIG.toml --run DIR   (TPU: tools/launch_tpu.sh)"
     parser.epilog += f"\n\nseveral hosts:\n  {several}"
     parser.add_argument("config", type=Path, metavar="CONFIG.toml")

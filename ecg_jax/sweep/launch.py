@@ -28,7 +28,7 @@ from ecg_jax.sweep.folder import Folder
 from ecg_jax.sweep.jobs import Job
 from ecg_jax.sweep.spec import Sweep
 
-POLL = 0.5  # seconds between looks at the folder
+POLL, SELDOM = 0.5, 5.0  # seconds between looks at the folder: ten times what a look takes, but within these
 BARREN = 3  # workers in a row that die before they take a job
 CPU_WORKERS = 8  # at most, where nobody says how many
 
@@ -198,11 +198,8 @@ class Crew:
     def stop(self, number: int) -> None:
         """Send a signal to all workers; SIGTERM once, since a second one would end them before they have saved."""
         for slot in self.places:
-            if (
-                slot.process is not None
-                and slot.process.poll() is None
-                and not (slot.told and number == signal.SIGTERM)
-            ):
+            due = number != signal.SIGTERM or not slot.told
+            if due and slot.process is not None and slot.process.poll() is None:
                 slot.told = True
                 slot.process.send_signal(number)
 
@@ -236,8 +233,9 @@ def _follow(folder: Folder, crew: Any, quiet: bool) -> dict[str, str]:
     shown = _Display(folder, quiet)
     with _signals(crew) as stop, shown:
         try:
-            crew.start()
-            lives, told = True, False
+            lives, told = not set(folder.states(folder.jobs()).values()) <= set(table.ENDED[:3]), False
+            if lives:
+                crew.start()
             while lives:
                 looked = time.monotonic()
                 planned = folder.jobs()
@@ -248,7 +246,7 @@ def _follow(folder: Folder, crew: Any, quiet: bool) -> dict[str, str]:
                     told = True
                     shown.say(f"{signal.Signals(stop.number).name}: workers save and stop; once more to stop at once")
                 if lives:
-                    time.sleep(max(POLL, 10 * (time.monotonic() - looked)))
+                    time.sleep(min(max(POLL, 10 * (time.monotonic() - looked)), SELDOM))
             planned = folder.jobs()  # what the last to end has decided
             states = folder.states(planned)
             shown.update(planned, states)

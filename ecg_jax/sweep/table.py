@@ -119,7 +119,7 @@ def live(folder: Folder, jobs: Sequence[Job], states: dict[str, str], head: str,
 
     running = columns("running", "step", "at most", "train", "best val")
     for job in (job for job in jobs if states[job.name] == "running"):
-        now = _latest(folder.place(job) / METRICS)
+        now = _latest(folder.place(job) / METRICS) if job.kind != "codes" else {}
         steps = (f"{now['step']:,}" if "step" in now else "", f"{most(job):,}" if most(job) else "")
         losses = ("" if now.get(name) is None else f"{now[name]:.4f}" for name in ("train/loss", "val/best"))
         running.add_row(job.name, *steps, *losses)

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 import jax
 
@@ -162,7 +161,6 @@ def stop_signals(where: str = "") -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop  # handlers belong to the main thread; whoever runs us elsewhere has to stop us otherwise
         return
-    clocks: list[threading.Timer] = []
 
     def too_late() -> None:
         late = f"what was under way did not end within {GRACE:.0f} s of {stop.signal}"
@@ -174,25 +172,38 @@ def stop_signals(where: str = "") -> Iterator[Stop]:
         os.write(2, message.encode() + b"\n")  # no buffer, no lock: whoever holds them is interrupted here
         os._exit(code)
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if stop.signal:
-            end(128 + number, f"{name}: stopped at once")
-        stop.signal = name
-        stops.heard.append(name)
-        clocks.append(threading.Timer(GRACE, too_late))
-        clocks[0].daemon = True
-        clocks[0].start()
-        os.write(2, f"{name}: saving and stopping; once more to stop at once\n".encode())
+    def listen() -> None:
+        while said := os.read(read, 1):
+            if said[0] not in stops.SIGNALS:
+                continue
+            name = signal.Signals(said[0]).name
+            if stop.signal:
+                end(128 + said[0], f"{name}: stopped at once")
+            stop.signal = name
+            stops.heard.append(name)
+            clock.start()
+            os.write(2, f"{name}: saving and stopping; once more to stop at once\n".encode())
+            noticed.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    # A thread listens, since handlers run in the main thread alone, and not while it is in a compiled program.
+    clock, noticed = threading.Timer(GRACE, too_late), threading.Event()
+    listener = threading.Thread(target=listen, name="signals", daemon=True)
+    clock.daemon = True
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    outer = signal.set_wakeup_fd(write)
+    listener.start()
+    before = {number: signal.signal(number, lambda *_: noticed.wait()) for number in stops.SIGNALS}
     try:
         yield stop
     finally:
-        for clock in clocks:
-            clock.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(outer)
+        os.close(write)
+        listener.join()
+        os.close(read)
+        clock.cancel()
 
 
 class Watchdog:
