@@ -216,7 +216,8 @@ def _profiled(runs: RunSet, fit: Fit, ends: dict[str, Interval], options: Option
     # so in 6 x 5 and 4 x 3 designs; in 3 x 3 ones E's 95 % interval then covers 99 to 100 % instead of 95 to 99 %.
     if "E" in ends and flat:
         ends["E"] = replace(ends["E"], low=0.0)
-        weak.append(f"E is bounded above only, as {' and '.join(flat)} may be 0")
+        weak = [w for w in weak if not w.startswith("E is bounded above")]
+        weak.append(f"E is bounded above only, as the draws let {' and '.join(flat)} be 0")
     return ends, tuple(weak)
 
 

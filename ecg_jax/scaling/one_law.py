@@ -87,7 +87,7 @@ def quality(r: LawResult, options: Options) -> str:
             f"the largest budget here that is N = {numbers.count(best['n_params'])} with D = "
             f"{numbers.count(best['n_records'])}"
         )
-    words += [f"{escape(w)} (profile likelihood)" for w in r.weak]
+    words += [escape(w) + ("" if "draws" in w else " (profile likelihood)") for w in r.weak]
     words += _compute(r)
     bad = adequacy.failed(r.tested)
     if bad:
