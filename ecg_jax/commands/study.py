@@ -18,13 +18,23 @@ def fit(commands) -> None:
     parser.add_argument(
         "--form",
         default="auto",
-        help="auto (the one that extrapolates best); of N and D: hoffmann, kaplan, kaplan0, coupled, data-constrained; "
-        "of one: power, power0, shifted, broken, m1 to m4",
+        help="auto (the one that extrapolates best); of N and D: hoffmann, kaplan, kaplan0, coupled, overfitting, "
+        "data-constrained; of one: power, power0, shifted, broken, m1 to m4; of the ID loss: loss-to-loss",
     )
     parser.add_argument("--loss", default="log-huber", help="log-huber, lad, ls, ls-log, student-t, envelope")
     parser.add_argument("--delta", type=float, help="of log-huber (default: 1.345 robust standard deviations)")
     parser.add_argument("--fix", default="", metavar="E=0.07,beta=alpha", help="parameters held at a number or tied")
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="N")
+    parser.add_argument(
+        "--resample",
+        default="auto",
+        help="auto (wild, or case for large scattered designs), case, wild, residual, parametric",
+    )
+    parser.add_argument(
+        "--weights",
+        default="equal",
+        help="equal, or variance (of repeated seeds and of the evaluation: ci_low, ci_high)",
+    )
     parser.add_argument("--level", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--columns", default="", metavar="n_params=N,value=loss", help="names of the table's columns")
@@ -57,6 +67,8 @@ def _run_fit(args: argparse.Namespace) -> int:
         fixed=_fixed(args.fix),
         title=args.title,
         probes=args.probes,
+        resample=args.resample,
+        weights=args.weights,
     )
     show(result, args.json, result_lines)
     return 0

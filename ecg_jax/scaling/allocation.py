@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SAME_BUDGET = 0.03  # in ln of the cost
+
 
 @dataclass(frozen=True)
 class Optimum:
@@ -46,6 +48,33 @@ def cost_of_loss(parameters: dict[str, np.ndarray], loss: np.ndarray) -> np.ndar
         level = np.logaddexp(np.log(a) - alpha * log_g, np.log(b) + beta * log_g)
         log_left = np.where(left > 0, np.log(np.maximum(left, 1e-300)), -np.inf)
         return (level - log_left) * (alpha + beta) / (alpha * beta)
+
+
+def budgets(cost: np.ndarray) -> np.ndarray:
+    """Each run's budget [n]: the geometric mean of runs whose costs lie within `SAME_BUDGET` of their neighbour's."""
+    order = np.argsort(cost)
+    logs = np.log(cost[order])
+    group = np.concatenate([[0], np.cumsum(np.diff(logs) > SAME_BUDGET)])
+    means = np.bincount(group, logs) / np.bincount(group)
+    out = np.empty(len(cost))
+    out[order] = np.exp(means[group])
+    return out
+
+
+def envelope(cost: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """Runs on the lower convex hull of ln loss over ln cost, falling, cheapest first: what the money could buy."""
+    x, y = np.log(cost), np.log(loss)
+    hull: list[int] = []
+    for i in np.lexsort((y, x)):
+        if hull and (x[i] == x[hull[-1]] or y[i] >= min(y[hull])):
+            continue  # dearer and no better
+        while len(hull) > 1:
+            a, b = hull[-2], hull[-1]
+            if (y[b] - y[a]) * (x[i] - x[a]) < (y[i] - y[a]) * (x[b] - x[a]):
+                break
+            hull.pop()
+        hull.append(int(i))
+    return np.array(hull)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ estimate.
     case   configurations (N, D) are drawn with replacement; repeated seeds of a configuration stay together
     wild   residuals, divided by 1 - leverage, are multiplied per configuration by Webb's
            six-point variable and added to the fitted law; the design stays as it is, which small grids need
+    residual    residuals, divided by the root of 1 - leverage and centred, are drawn with replacement for every run
+    parametric  normal noise of the residuals' standard deviation for every run
 
 The random numbers of a configuration depend only on the seed and on the configuration's key (`cell_keys`),
 so fits on the same design (tasks of one family, families on the same grid) get common draws and their
@@ -22,7 +24,7 @@ import numpy as np
 from ecg_jax.scaling.newton import minimise
 from ecg_jax.scaling.solve import Fit
 
-KINDS = ("case", "wild")
+KINDS = ("case", "wild", "residual", "parametric")
 SMALL_DESIGN = 40  # configurations below which case resampling drops too much of the design
 LEVERAGE_POWER = 1.0  # of 1 - leverage; 0.5 is unbiased for the variance but covers 87 to 93 % (tools/coverage.py)
 RECHECKED = 0.02
@@ -91,16 +93,18 @@ def draw(
     y = np.asarray(y, float)
     cells, cell_of = np.unique(np.array(keys), return_inverse=True)
     target = np.log(y) if fit.logarithmic else y
-    weights = np.ones(len(y))
+    weights = fit.weights
     if counts is not None:
-        kind, weights = "case", np.asarray(counts, float)
+        kind, weights = "case", np.asarray(counts, float) * fit.weights
     elif kind == "case":
-        weights = case_counts(cells, draws, seed)[:, cell_of].astype(float)
+        weights = case_counts(cells, draws, seed)[:, cell_of] * fit.weights
     elif kind == "wild":
         signs = wild_signs(cells, draws, seed)[:, cell_of]
         # One row alone in its corner of the design has leverage 1 and residual 0: nothing to divide.
         spread = fit.residuals / np.maximum(1.0 - fit.leverage, 0.02) ** LEVERAGE_POWER
         target = target + fit.residuals - signs * spread  # residual = fitted - target
+    elif kind in ("residual", "parametric"):
+        target = target + fit.residuals - _noise(fit, keys, kind, draws, seed)
     else:
         raise ValueError(f"unknown bootstrap {kind!r}; known: {', '.join(KINDS)}")
     bounds = fit.law.bounds(y, z)
@@ -173,6 +177,26 @@ def _look_again(fit: Fit, z, target, weights, theta, objective, again: np.ndarra
     better = lowest < objective[again] * (1 - 1e-6)
     theta[again[better]] = solved.theta.reshape(len(again), starts, -1)[better, best[better]]
     return int(better.sum())
+
+
+def _noise(fit: Fit, keys: list[str], kind: str, draws: int, seed: int) -> np.ndarray:
+    """Noise of every run [draws, n]; column i depends on (seed, key of its configuration, its number in it) only.
+
+    Heavier runs have less of it: residuals are made comparable by the root of their weight, and back.
+    """
+    seen: dict[str, int] = {}
+    streams = []
+    for key in keys:
+        seen[key] = seen.get(key, -1) + 1
+        streams.append(_stream(seed, f"{kind} {key} {seen[key]}"))
+    root = np.sqrt(np.maximum(fit.weights, 1e-12))
+    if kind == "parametric":
+        df = max(fit.n - fit.law.size, 1)
+        sd = np.sqrt((fit.weights * fit.residuals**2).sum() / df)
+        return np.stack([s.normal(size=draws) for s in streams], axis=1) * sd / root
+    pool = root * fit.residuals / np.sqrt(np.maximum(1.0 - fit.leverage, 0.02))
+    pool = pool - pool.mean()
+    return np.stack([pool[s.integers(0, fit.n, draws)] for s in streams], axis=1) / root
 
 
 def wild_signs(cells: np.ndarray, draws: int, seed: int) -> np.ndarray:

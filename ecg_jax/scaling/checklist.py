@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from ecg_jax.scaling import bootstrap, identify, numbers, page, starts
+from ecg_jax.scaling import adequacy, bootstrap, identify, numbers, page, starts
 from ecg_jax.scaling.analysis import LawResult, Options
 from ecg_jax.scaling.methods import LOSSES
 from ecg_jax.scaling.table import DEFAULTS, Table
@@ -48,7 +48,8 @@ def _items(table: Table, results: Sequence[LawResult], options: Options, version
         escape("; ".join(f"L = {f} ({k} fits)" for f, k in forms.items()) or "none was fitted") + f"; {how}",
     )
     yield "Loss", _loss(fitted, options)
-    yield "Weights", "every run counts the same; repeated seeds are separate rows"
+    yield "Weights", _weights(options)
+    yield "Lack of fit", _lack(fitted)
     yield "Flagged runs", _flagged(results)
     yield (
         "Starts",
@@ -128,6 +129,24 @@ def _flagged(results: Sequence[LawResult]) -> str:
     return f"{listed} rows kept in the fits; each law is fitted without them too"
 
 
+def _weights(options: Options) -> str:
+    if options.weights == "equal":
+        return "every run counts the same; repeated seeds are separate rows"
+    return (
+        "each run by one over the variance of ln L: spread of repeated seeds (else of the residuals) plus that of the "
+        "evaluation, none more than ten times another"
+    )
+
+
+def _lack(fitted: Sequence[LawResult]) -> str:
+    tested = [r for r in fitted if r.tested]
+    bad = sum(bool(adequacy.failed(r.tested)) for r in tested)
+    return (
+        f"{len(tested)} of {len(fitted)} laws could be tested (coupling of N and D, extent of overfitting, spread of "
+        f"seeds; Holm's correction, 5 %); {bad} are contradicted by their runs"
+    )
+
+
 def _certificate(fitted: Sequence[LawResult]) -> str:
     if not fitted:
         return "nothing was fitted"
@@ -149,6 +168,8 @@ def _intervals(fitted: Sequence[LawResult], options: Options) -> str:
         return "none were asked for (--bootstrap 0)"
     words = {
         "wild": "wild bootstrap by configuration with leverage correction, robust standard deviation times t",
+        "residual": "residual bootstrap with leverage correction, robust standard deviation times t",
+        "parametric": "parametric bootstrap with normal noise, robust standard deviation times t",
         "case": f"case bootstrap by configuration, percentiles ({bootstrap.SMALL_DESIGN} configurations or more)",
     }
     text = "; ".join(f"{words[k]} ({n} fits)" for k, n in kinds.items())
@@ -169,6 +190,6 @@ def _tuning(table: Table) -> str:
             "the log states no trials and no learning rates: whether families were tuned alike cannot be seen from it"
         )
     return (
-        f"different learning rates in the log: {len(rates)}, trial numbers: {len(trials)}; of several trials of one "
-        "configuration the best on ID is fitted, so families with more trials are favoured"
+        f"different learning rates in the log: {len(rates)}, trial numbers: {len(trials)}; of several trials or rates "
+        "of one configuration the best on ID is fitted, so families with more trials are favoured"
     )

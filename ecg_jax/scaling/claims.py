@@ -3,6 +3,10 @@
     M_C    N D that the numerator needs over what the denominator needs, at equal loss, each at its own cheapest
            N and D (cost c N D with one c for both: where FLOPs per record differ, multiply by their ratio)
     N_x    size at which two families' laws cross, at the largest D both were trained on
+    m_N    the one factor by which all of a family's sizes must be multiplied if the families differ in nothing else,
+           with the test of that (`paired`)
+    D_T    effective data transferred (Hernandez et al. 2021): records that the numerator, trained on D_F of them,
+           saves over what the denominator needs for the same loss
     max M  the largest of several tasks' ratios with the bootstrap distribution of the maximum, and the median
            beside it: the maximum of noisy ratios is biased upwards
     rho_T  ratio of kappas (`transfer`)
@@ -16,10 +20,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from ecg_jax.scaling import choice, forms
+from ecg_jax.scaling import choice, forms, paired
 from ecg_jax.scaling.allocation import cost_of_loss
 from ecg_jax.scaling.analysis import LawResult, Options
-from ecg_jax.scaling.multipliers import POINTS, Multiplier, between, compare, pairs, reached
+from ecg_jax.scaling.multipliers import POINTS, Multiplier, between, compare, needed, pairs, reached
 from ecg_jax.scaling.solve import fit_law
 from ecg_jax.scaling.transfer import Transfer
 
@@ -28,13 +32,18 @@ TELL = np.log(1.3)  # the smallest ratio that the planning is for
 POWER = 1.96 + 0.84  # two-sided 5 %, power 80 %
 
 
-def extra(results: Sequence[LawResult], transfers: Sequence[Transfer], *, level: float) -> Iterator[Multiplier]:
-    """M_C and N_x of every pair with a Hoffmann law, and rho_T."""
+def extra(results: Sequence[LawResult], transfers: Sequence[Transfer], options: Options) -> Iterator[Multiplier]:
+    """M_C, N_x and m_N of every pair with a Hoffmann law, D_T of two paradigms, and rho_T."""
+    level = options.level
     for first, second in pairs(results):
         if first.law.names == ("E", "A", "B", "alpha", "beta") and first.law.name == "hoffmann":
             yield compute(first, second, level)
-        if "N" in first.law.variables:
+            if options.bootstrap and first.identified and second.identified and not options.fixed:
+                yield from one_factor(first, second, options)
+        if "N" in first.law.variables and "U" not in first.law.variables:
             yield crossing(first, second, level)
+        if first.runs.key.paradigm != second.runs.key.paradigm and set(first.law.variables) in ({"N", "D"}, {"D"}):
+            yield transferred(first, second, level)
     of = {t.away.runs.key: t for t in transfers}
     for first, second in pairs([t.away for t in transfers]):
         one, two = of[first.runs.key], of[second.runs.key]
@@ -69,6 +78,56 @@ def compute(first: LawResult, second: LawResult, level: float) -> Multiplier:
         "ratio at these losses": [float(np.exp(point[0])), float(np.exp(point[-1]))],
     }
     return between("M_C", second, first, float(point.mean()), draws, at, meaning, level)
+
+
+def one_factor(first: LawResult, second: LawResult, options: Options) -> Iterator[Multiplier]:
+    """m: the second family needs m times the first's parameters, all else shared."""
+    found = paired.shared(first.runs, second.runs, options.level)
+    if found is None:
+        return
+    swap = paired.swapped(first.runs, second.runs, options.seed)
+    at = {"p of all else shared": found.p_ratio_only} | ({} if swap is None else {"p of swapped families": swap})
+    meaning = "factor between the sizes of the two families if they differ in nothing else"
+    made = between("m_N", second, first, float(np.log(found.m)), None, at, meaning, options.level)
+    note = "they differ in more than this" if found.p_ratio_only < 0.05 else ""
+    yield replace(made, interval=found.interval, p=found.p_one_law, note=note)
+
+
+def transferred(first: LawResult, second: LawResult, level: float) -> Multiplier:
+    """Records that `first` saves, at the middle of its data and the largest size of both."""
+    d_f = float(np.exp(0.5 * (np.log(first.runs.data[0]) + np.log(first.runs.data[-1]))))
+    at = {"D_F": d_f, "N": float(min(r.runs.n_params.max() for r in (first, second)))}
+    at = {k: x for k, x in at.items() if k == "D_F" or "N" in first.law.variables}
+    place = np.log([[{"N": at.get("N"), "D": d_f}[v] for v in first.law.variables]])
+    here = {k: x for k, x in at.items() if k == "N"}
+    estimate = float(needed(second, "D", first.fit.predict(place), here)[0, 0])
+    draws = None
+    if first.draws is not None:
+        losses = first.fit.law.predict(first.draws.theta, place - first.fit.centre)
+        draws = needed(second, "D", losses, here, draws=True)[:, 0]
+    meaning = f"records saved over {second.runs.key.paradigm} by {first.runs.key.paradigm} with {d_f:,.0f} of them"
+    made = between("D_T", first, second, estimate, draws, at, meaning, level)
+    at["multiplier"] = float(np.exp(estimate)) / d_f
+    at |= _transfer_model(first, second, here)
+    ends = tuple(None if e is None else e - d_f for e in made.interval)
+    value = made.value - d_f if np.isfinite(made.value) else None
+    note = "" if value is not None else "the other never reaches this loss, however many records it has"
+    return replace(made, value=value, interval=ends, p=None, at=at, note=note)
+
+
+def _transfer_model(first: LawResult, second: LawResult, here: dict[str, float]) -> dict[str, object]:
+    """k, a, b of D_T = k D_F^a N^b over the first family's configurations; empty with fewer than five of them."""
+    rows = []
+    for n, d, loss in zip(first.runs.n_params, first.runs.n_records, first.fit.predict(first.log_x), strict=True):
+        saved = np.exp(needed(second, "D", np.array([loss]), here | ({"N": n} if here else {}))[0, 0]) - d
+        if 0 < saved < np.inf:
+            rows.append((np.log(d), np.log(n), np.log(saved)))
+    if len({r[:2] for r in rows}) < 5:
+        return {}
+    d, n, saved = np.array(rows).T
+    basis = np.stack([np.ones(len(d)), d] + ([n] if here and len(set(n)) > 1 else []), axis=1)
+    k, a, *b = np.linalg.lstsq(basis, saved, rcond=None)[0]
+    return {"D_T = k D_F^a N^b": {"k": float(np.exp(k)), "a": float(a), "b": float(b[0]) if b else 0.0}}
 
 
 def crossing(first: LawResult, second: LawResult, level: float) -> Multiplier:
@@ -113,7 +172,7 @@ def largest(found: Sequence[Multiplier], *, level: float) -> Iterator[Multiplier
     """ "Up to" per kind and pair of families: the maximum over OOD tasks with its own bootstrap distribution."""
     groups: dict[tuple, list[Multiplier]] = {}
     for m in found:
-        if m.domain != "id" and m.kind != "N_x" and m.identified and m.value is not None:
+        if m.domain != "id" and m.kind not in ("N_x", "D_T") and m.identified and m.value is not None:
             groups.setdefault((m.kind, m.numerator, m.denominator), []).append(m)
     for (kind, _, _), tasks in groups.items():
         if len(tasks) < 2:

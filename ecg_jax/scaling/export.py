@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ecg_jax.errors import DataError
-from ecg_jax.scaling import allocation, identify, intervals
+from ecg_jax.scaling import adequacy, allocation, identify, intervals
 from ecg_jax.scaling.analysis import LawResult, Options
 from ecg_jax.scaling.claims import seeds_to_tell
 from ecg_jax.scaling.multipliers import Multiplier
@@ -61,7 +61,10 @@ def law_json(result: LawResult, options: Options) -> dict[str, Any]:
         "bootstrap": _bootstrap_json(result, options),
         "reference": _reference(result),
         "allocation": allocation_of(result, options.level),
+        "compute": compute_of(result),
         "certificate": asdict(fit.certificate) if fit else None,
+        "lack_of_fit": [asdict(c) | {"rejected": c in adequacy.failed(result.tested)} for c in result.tested],
+        "weights": options.weights,
         "identified": result.identified,
         "identification": [asdict(c) for c in result.identification.conditions],
         "weakly_identified": list(result.weak),
@@ -129,6 +132,27 @@ def allocation_of(result: LawResult, level: float) -> dict[str, Any] | None:
     return out
 
 
+def compute_of(result: LawResult) -> dict[str, Any] | None:
+    """Without any surface: vertices of IsoFLOP parabolas and the envelope of the runs, over training FLOPs where all
+    runs state them, else over N D. None where N or D does not vary."""
+    runs = result.runs
+    if len(runs.sizes) < 2 or len(runs.data) < 2:
+        return None
+    stated = runs.flops is not None and np.isfinite(runs.flops).all()
+    cost = runs.flops if stated else runs.n_params * runs.n_records
+    budget = allocation.budgets(cost)
+    by_n, by_d = (allocation.isoflop(budget, x, runs.loss) for x in (runs.n_params, runs.n_records))
+    hull = allocation.envelope(cost, runs.loss)
+    slope = float(np.polyfit(np.log(cost[hull]), np.log(runs.n_params[hull]), 1)[0]) if len(hull) > 2 else None
+    return {
+        "cost": "flops" if stated else "N D",
+        "isoflop": {"a": by_n.exponent, "b": by_d.exponent, "budgets": by_n.budget.tolist(),
+                    "n_params": np.exp(by_n.log_x).tolist(), "refused": list(by_n.refused)},
+        "envelope": {"runs": [runs.runs[i] for i in hull], "cost": cost[hull].tolist(),
+                     "loss": runs.loss[hull].tolist(), "a": slope},
+    }  # fmt: skip
+
+
 def amplitudes_of(law) -> list[int]:
     """Indices of the excess that each variable leaves at the design's centre; empty where a law has no such
     pair."""
@@ -181,12 +205,14 @@ def _predict(result: LawResult, row: Mapping[str, Any], where: str, options: Opt
         return iter([None] * 5 + [False])
     values = []
     for v in result.law.variables:
-        name = "n_params" if v == "N" else "n_records"
+        name = {"N": "n_params", "L": "id_loss"}.get(v, "n_records")
+        if v == "D" and "U" in result.law.variables and row.get("examples_seen") is not None:
+            name = "examples_seen"  # else every record is read once
         if row.get(name) is None:
             raise DataError(f"{where}: no {name}, which the law {result.law.formula} needs")
         value = plain_number(row[name], name, where)
         if not (math.isfinite(value) and value > 0):
-            raise DataError(f"{where}: {name} is {value:g}; it must be a positive count")
+            raise DataError(f"{where}: {name} is {value:g}; it must be positive")
         values.append(value)
     at = np.log([values])
     predicted = float(result.fit.predict(at)[0])

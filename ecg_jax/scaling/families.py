@@ -21,7 +21,7 @@ import numpy as np
 from ecg_jax.scaling.table import Table
 
 SELECTIONS = ("best-val", "best", "final", "last")  # first one present wins
-ARRAYS = ("n_params", "n_records", "loss", "converged", "floor", "prior", "examples")
+ARRAYS = ("n_params", "n_records", "loss", "converged", "floor", "prior", "examples", "error", "id_loss", "flops")
 SPLITS = ("test", "val", "validation", "train")
 
 
@@ -69,6 +69,9 @@ class RunSet:
     mixed: tuple[str, ...]  # columns that should be one per family and are not
     examples: np.ndarray  # records read in training, repeats counted; NaN where not stated
     spread: dict[str, tuple[float, int]] = field(default_factory=dict)  # see `spread`
+    error: np.ndarray | None = None  # standard error of ln L from the evaluation's interval, NaN where not stated
+    id_loss: np.ndarray | None = None  # the run's ID loss, NaN where the log has none
+    flops: np.ndarray | None = None  # of the training, NaN where not stated
 
     @property
     def n(self) -> int:
@@ -90,7 +93,7 @@ class RunSet:
 
     def log_x(self, variables: Sequence[str]) -> np.ndarray:
         """ln of the variables of a law, [n, V]; with U in it D is what was read and U the distinct records."""
-        columns = {"N": self.n_params, "D": self.n_records}
+        columns = {"N": self.n_params, "D": self.n_records, "L": self.id_loss}
         if "U" in variables:
             columns = {"N": self.n_params, "D": self.examples, "U": self.n_records}
         return np.log(np.stack([columns[v] for v in variables], axis=1))
@@ -98,7 +101,7 @@ class RunSet:
     def only(self, rows: np.ndarray) -> "RunSet":
         """The same set with a boolean or integer selection of rows."""
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
-        arrays = {f: getattr(self, f)[rows] for f in ARRAYS}
+        arrays = {f: getattr(self, f)[rows] for f in ARRAYS if getattr(self, f) is not None}
         words = {f: tuple(getattr(self, f)[i] for i in rows) for f in ("runs", "status", "folders")}
         return replace(self, **arrays, **words)
 
@@ -148,6 +151,11 @@ def group(table: Table) -> list[RunSet]:
         buckets[key].append(row)
     beaten = beaten_trials(table)
     sets = [_run_set(key, rows, beaten) for key, rows in buckets.items()]
+    home: dict[tuple, dict[str, float]] = {}
+    for s in sets:
+        if s.key.domain == "id":
+            home.setdefault(s.key.family, {}).update(zip(s.runs, s.loss.tolist(), strict=True))
+    sets = [replace(s, id_loss=np.array([home.get(s.key.family, {}).get(run, np.nan) for run in s.runs])) for s in sets]
     return sorted(
         sets,
         key=lambda s: (s.key.domain != "id", s.key.measured, s.key.paradigm, s.key.input, s.key.architecture),
@@ -157,19 +165,21 @@ def group(table: Table) -> list[RunSet]:
 def beaten_trials(table: Table) -> set[str]:
     """Runs that are tuning trials of a configuration (family, N, D, seed, subset) and not its best.
 
-    The best is the one with the lowest ID loss, on `val` where the log has that split; a configuration whose
+    Trials are told apart by their number, or where the log has none by their learning rate: another rate is no
+    repeat. The best is the one with the lowest ID loss, on `val` where the log has that split; a configuration whose
     trials have no ID loss keeps them all. OOD losses never choose.
     """
     found: dict[tuple, dict[str, tuple[int, float]]] = defaultdict(dict)
     trials: dict[tuple, set] = defaultdict(set)
     for r in table.rows:
-        if r["domain"] != "id" or r["trial"] is None:
+        which = r["lr"] if r["trial"] is None else r["trial"]
+        if r["domain"] != "id" or which is None:
             continue
         family = r["architecture"], r["paradigm"], r["input"], r["dataset"], r["metric"]
         cell = *family, r["n_params"], r["n_records"], str(r["seed"]), str(r["subset_offset"])
         score = (r["split"] != "val", r["value"])
         found[cell][r["run"]] = min(score, found[cell].get(r["run"], score))
-        trials[cell].add(str(r["trial"]))
+        trials[cell].add(str(which))
     return {
         run for cell, runs in found.items() if len(trials[cell]) > 1 for run in set(runs) - {min(runs, key=runs.get)}
     }
@@ -217,6 +227,8 @@ def _run_set(key: SetKey, rows: Sequence[Mapping[str, Any]], beaten: set[str] = 
         passed_over=dict(passed),
         mixed=mixed,
         examples=np.array([_positive(r["examples_seen"]) for r in kept]),
+        error=np.array([_error(r) for r in kept]),
+        flops=np.array([_positive(r["flops"]) for r in kept]),
         spread=spread(kept, repeats),
     )
 
@@ -245,6 +257,12 @@ def spread(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Sequence[float]]
         rest = found["subset"][0] ** 2 - found["initialisation"][0] ** 2 / draws
         found["subset"] = (float(np.sqrt(max(rest, 0.0))), found["subset"][1])
     return found
+
+
+def _error(row: Mapping[str, Any]) -> float:
+    """Standard error of ln L from the 95 % interval `ci_low` to `ci_high`."""
+    low, high = _positive(row["ci_low"]), _positive(row["ci_high"])
+    return float(np.log(high / low) / (2 * 1.959964)) if high > low else np.nan
 
 
 def _positive(value: Any) -> float:

@@ -46,7 +46,7 @@ def draw_all(
 def _law(result: LawResult, name: str, level: float) -> Drawing:
     runs = result.runs
     variables = result.law.variables if result.law else ("N", "D")
-    variables = tuple(v for v in ("N", "D") if v in variables and len(_values(runs, v)) > 1) or ("N",)
+    variables = tuple(v for v in ("N", "D", "L") if v in variables and len(_values(runs, v)) > 1) or ("N",)
     panels = []
     for v in variables:
         figure, axes = new_figure(rows=2 if result.identified else 1)
@@ -104,7 +104,7 @@ def _residual_panel(ax, result: LawResult) -> None:
 
 
 def _values(runs, v: str) -> np.ndarray:
-    return runs.n_params if v == "N" else runs.n_records
+    return {"N": runs.n_params, "D": runs.n_records, "L": runs.id_loss}[v]
 
 
 def _law_panel(ax, result: LawResult, v: str, level: float, *, reference: float) -> None:
@@ -131,6 +131,7 @@ def _law_panel(ax, result: LawResult, v: str, level: float, *, reference: float)
             continue
         grid = np.geomspace(x.min(), x.max(), CURVE)
         columns = {v: np.log(grid), other: np.full(CURVE, np.log(value))}
+        columns["U"] = columns.get("D")
         at = np.stack([columns[u] for u in result.law.variables], axis=1)
         curve = result.fit.predict(at) - reference
         ax.plot(grid, np.where(curve > 0, curve, np.nan), color=colour, lw=1.3, label=label, zorder=2)
@@ -140,7 +141,13 @@ def _law_panel(ax, result: LawResult, v: str, level: float, *, reference: float)
             ax.fill_between(grid, np.maximum(low, floor), np.maximum(high, floor), color=colour, alpha=0.13, lw=0)
         seen.append(curve[curve > 0])
     spread = np.concatenate(seen)
-    dress(ax, x, spread if len(spread) else np.array([1.0]), "parameters N" if v == "N" else "records D")
+    dress(
+        ax,
+        x,
+        spread if len(spread) else np.array([1.0]),
+        {"N": "parameters N", "D": "records D", "L": "ID loss (nats)"}[v],
+        loss_on_x=v == "L",
+    )
     if len(np.unique(fixed)) > 1:
         ax.legend(
             ncols=3,

@@ -42,6 +42,8 @@ def fit(
     title: str | None = None,
     banner: str | None = None,
     probes: Sequence[Path] = (),
+    resample: str = "auto",
+    weights: str = "equal",
 ) -> dict[str, Any]:
     """Fit laws to the eval logs or run folders `paths` and write everything into the folder `out`.
 
@@ -49,11 +51,14 @@ def fit(
     bootstrap: draws, 0 for no intervals. predict: a table of (n_params, n_records) to predict. columns,
     melt, metric: see `table.read`. fixed: parameters held at a number or tied to another, by name. title:
     the report's heading; banner: a line over it, such as "demonstration, not a study". probes: CSVs of
-    `ecg-jax table`, shown in the report. Returns the paths written, the laws and the multipliers as in their JSON
-    files, and notes. Deterministic by `seed`. Raises
+    `ecg-jax table`, shown in the report. resample, weights: kind of bootstrap and weights of the runs
+    (`analysis.Options`). Returns the paths written, the laws and the multipliers as in their JSON files, and
+    notes. Deterministic by `seed`. Raises
     UsageError (options), DataError (tables), MachineError (disk).
     """
-    options = Options(form, loss, delta, bootstrap, level, seed, tuple((fixed or {}).items())).checked()
+    options = Options(
+        form, loss, delta, bootstrap, level, seed, tuple((fixed or {}).items()), resample, weights
+    ).checked()
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give a folder for the report")
@@ -69,7 +74,7 @@ def fit(
     ]
     moved = transfer.transfers(results, options)
     compared = multipliers.compare_all(results, level=level)
-    compared += multipliers.corrected(list(claims.extra(results, moved, level=level)))
+    compared += multipliers.corrected(list(claims.extra(results, moved, options)))
     compared += list(claims.largest(compared, level=level))
     compared = claims.under_other_forms(compared, results, options, level=level)
     laws_json = [export.law_json(r, options) for r in results]
@@ -107,6 +112,8 @@ def fit(
             "bootstrap": bootstrap,
             "level": level,
             "seed": seed,
+            "resample": resample,
+            "weights": weights,
         },
         "rows": {"read": read.read, "fitted": len(read.rows), "left_out": read.left_out},
         "defaults_used": list(read.defaults),
@@ -153,9 +160,13 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
             lines.append(
                 f"    {'fails' if c['ok'] is False else 'holds' if c['ok'] else 'open '}  {c['name']}: {c['text']}"
             )
+        for c in law["lack_of_fit"]:
+            if c["rejected"]:
+                lines.append(f"    LACK OF FIT  {c['name']}: {c['text']}, p = {c['p']:.2g}; intervals assume the form")
     for m in result["multipliers"]:
         if m["identified"] and m["value"] is not None:
-            label = f"{m['kind']} {m['dataset']} {m['task']} {m['domain']} ({m['meaning']})"
+            note = f"; {m['note']}" if m["note"] else ""
+            label = f"{m['kind']} {m['dataset']} {m['task']} {m['domain']} ({m['meaning']}{note})"
             lines.append(_ends(label, m["value"], m["interval"]))
     count = len(result["laws"])
     lines.append(f"{result['identified']} of {count} laws identified; report: {result['report']}")

@@ -1,4 +1,4 @@
-"""Laws that are no sum of power terms: Kaplan, coupled, shifted, broken, M3, M4, data-constrained, transfer.
+"""Laws of N and D, or of one of them, that are no sum of power terms, and every law by its name (`get`).
 
     kaplan     L = E + ((A/N)^(alpha/beta) + B/D)^beta                        Kaplan et al. 2020, with a floor
     kaplan0    the same with E = 0
@@ -8,162 +8,19 @@
                `late` is the exponent far beyond the turn
     m3         L = A (1/x + gamma)^alpha                                      M1-M4: Alabdulmohsin et al. 2022
     m4         (L - E) / (E0 - L)^q = A x^-alpha
-    data-constrained   L = E + A N'^-alpha + B D'^-beta with the effective sizes N', D' of Muennighoff et al. 2023:
-               D examples seen, U of them distinct, D' = U + U RD (1 - exp(-(D/U - 1)/RD)), N' likewise against
-               the size that is compute-optimal for U
-    transfer   g = A N^-alpha + B D^-beta; L = E + g where T = 0 (ID), L = Eo + K g^kappa where T = 1 (OOD)
+    overfitting  L = M (1 + B D^-beta M^-c), M = E + A N^-alpha: the extent of overfitting O = L/M - 1 is a power of
+               X = D M^(1/beta) by definition at c = 1, where the law is Hoffmann's; a free c tests the fit
 
-m1 and m2 are `power0` and `power`. Each law is written once with `jets`, which carry its exact gradient and
-Hessian. Inside, parameters are those that the data determine nearly independently of each other: excess at the
-design's centre, effective exponents, logs of scales; `raw` turns them into the formula's own.
-
-Same interface as `laws.Law`; no fitting. Invariant: at k = 1 `coupled` is the Hoffmann law.
+m1 and m2 are `power0` and `power`. No fitting. Invariant: at k = 1 `coupled`, and at c = 1 `overfitting`, is the
+Hoffmann law.
 """
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from ecg_jax.scaling import jets, laws
+from ecg_jax.scaling.formula import JOINT, PAIR, Formula, with_levels
 from ecg_jax.scaling.jets import Jet
-from ecg_jax.scaling.laws import EXPONENT_RANGE, SMALLEST_LOG_SHARE, Bounds
-
-JOINT = laws.get("hoffmann", ("N", "D"))
-LOG_K, LOG_F, LOG_Q = (np.log(0.05), np.log(20.0)), (np.log(0.05), np.log(3.0)), (np.log(0.05), np.log(20.0))
-REPEATS = (np.log(1e-2), np.log(1e5))  # RD and RN: from "a repeat is worthless" to "as good as new"
-
-
-@dataclass(frozen=True)
-class Formula:
-    """A law given by `curve(parameters, z by variable)`; `kinds` gives each parameter's role, which sets its
-    bounds."""
-
-    name: str
-    variables: tuple[str, ...]
-    names: tuple[str, ...]
-    kinds: tuple[str, ...]
-    formula: str
-    curve: Callable[[list[Jet], list[np.ndarray]], Jet]
-    to_raw: Callable[..., Sequence[np.ndarray]]
-    base: laws.Law  # whose starts are taken
-    spread: Callable[..., np.ndarray]  # starts of the base law -> starts of this one
-    centred: bool = True  # False: the formula needs ln of the variables themselves
-
-    batch = 40  # replicates at a time: Hessians of every row are held
-    cheap = False  # draws leave the Hessian's second part out
-
-    @property
-    def size(self) -> int:
-        return len(self.names)
-
-    def forward(self, theta_RxP: np.ndarray, z_nxV: np.ndarray, curved: bool = True):
-        """Loss [R, n], and what `backward` needs: its gradient [R, P, n] and Hessian."""
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            jet = self.curve(jets.parameters(theta_RxP, curved), list(z_nxV.T))
-        shape = (len(theta_RxP), self.size, len(z_nxV))
-        value = np.broadcast_to(jet.value, (shape[0], shape[2]))
-        return value, (np.broadcast_to(jet.slope, shape).copy(), jet.bend)
-
-    def evaluate(self, theta_RxP: np.ndarray, z_nxV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Loss [R, n] and its gradient [R, P, n]."""
-        value, (slope, _) = self.forward(theta_RxP, z_nxV, False)
-        return value, slope
-
-    def aids(self, z_nxV: np.ndarray) -> None:
-        """Nothing: see `laws.Law.aids`."""
-
-    def backward(self, inside, pred, z_nxV, aids, pull, bend, metric, *, gauss: bool, curved: bool):
-        """See `laws.Law.backward`."""
-        jac, second = inside
-        if pred is not None:
-            with np.errstate(invalid="ignore", divide="ignore"):
-                jac /= pred[:, None]
-                pull_of_loss = pull / pred
-        else:
-            pull_of_loss = pull
-        gradient = (jac @ pull[:, :, None])[:, :, 0]
-        model = None
-        if gauss or not curved:
-            model = (jac * metric[:, None]) @ jac.transpose(0, 2, 1)
-            scale = np.einsum("rii->ri", model)
-        else:
-            scale = (jac * jac * metric[:, None]).sum(axis=2)
-        hessian = model
-        if curved:
-            hessian = (jac * bend[:, None]) @ jac.transpose(0, 2, 1)
-            if second is not None:
-                full = np.broadcast_to(second, (*hessian.shape, len(z_nxV)))
-                hessian = hessian + np.einsum("rpqn,rn->rpq", full, pull_of_loss)
-        model = np.zeros_like(hessian) if model is None else model
-        return gradient, hessian, model, np.sqrt(np.maximum(scale, 0.0))
-
-    def loss_at(self, theta_RxP: np.ndarray, columns: list[np.ndarray]) -> np.ndarray:
-        """Loss at centred ln x given by variable, each [n] or [R, m]."""
-        bare = [Jet(theta_RxP[:, [i]], np.zeros((1, 0, 1)), None, False) for i in range(self.size)]
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            return self.curve(bare, columns).value
-
-    def predict(self, theta_RxP: np.ndarray, z_nxV: np.ndarray) -> np.ndarray:
-        """Loss, [R, n]."""
-        value = self.loss_at(theta_RxP, list(z_nxV.T))
-        return np.broadcast_to(value, (len(theta_RxP), len(z_nxV))).copy()
-
-    def raw(self, theta: np.ndarray, centre_V: np.ndarray) -> np.ndarray:
-        """Parameters of the printed formula, [..., P] in the order of `names`."""
-        with np.errstate(over="ignore"):
-            return np.stack(self.to_raw(*np.moveaxis(np.asarray(theta, float), -1, 0), *centre_V), axis=-1)
-
-    def bounds(self, y_n: np.ndarray, z_nxV: np.ndarray) -> Bounds:
-        """Box of `theta` by the role of each parameter."""
-        y, z = np.log([y_n.min(), y_n.max()]), z_nxV[:, 0]
-        box = {
-            "floor": (y[0] - SMALLEST_LOG_SHARE, y[1]),
-            "amplitude": (y[0] - SMALLEST_LOG_SHARE, y[1] + 5.0),
-            "exponent": EXPONENT_RANGE,
-            "early": (-2.0, EXPONENT_RANGE[1]),
-            "place": (z.min() - 12.0, z.max() + 3.0),
-            "turn": (z.min(), z.max()),
-            "free": (-60.0, 60.0),
-            "k": LOG_K, "f": LOG_F, "q": LOG_Q, "repeats": REPEATS,
-        }  # fmt: skip
-        low, high = np.array([box[k] for k in self.kinds]).T
-        return Bounds(low, high)
-
-    def edge_words(self, theta: np.ndarray, at_bound: np.ndarray) -> tuple[str, ...]:
-        """Words for the parameters on the box's edge."""
-        return tuple(
-            f"{n} = 0" if k == "floor" else f"{n} at the edge of its range"
-            for n, k, edge in zip(self.names, self.kinds, at_bound, strict=True)
-            if edge
-        )
-
-    def zeroable(self) -> np.ndarray:
-        """Which parameters at their lower bound are exactly zero."""
-        return np.array([k == "floor" for k in self.kinds])
-
-    def draw_values(self, theta_BxP: np.ndarray, raw_BxP: np.ndarray, j: int) -> np.ndarray:
-        """Draws of parameter j [B], +inf where an exponent has run into its upper bound."""
-        at_edge = (self.kinds[j] == "exponent") & (theta_BxP[:, j] >= EXPONENT_RANGE[1] - 1e-9)
-        return np.where(at_edge, np.inf, raw_BxP[:, j])
-
-    def pin(self, name: str, value: float, centre_V: np.ndarray) -> tuple[int, float, dict[int, float]]:
-        """See `laws.Law.pin`; ValueError for a parameter that the inner ones do not hold affinely."""
-        j = self.names.index(name)
-        if self.kinds[j] == "floor" or (not self.centred and self.kinds[j] in ("free", "repeats")):
-            return j, float(np.log(value)) if value > 0 else -np.inf, {}
-        if self.kinds[j] == "exponent" and self.name != "coupled":
-            return j, value, {}
-        if self.name == "coupled" and name == "k":
-            return j, float(np.log(value)), {}
-        raise ValueError(f"{name} of {self.formula} cannot be fixed")
-
-    def starts(self, z_nxV: np.ndarray, y_n: np.ndarray, weights_n: np.ndarray, *, robust: bool, count: int):
-        """Starting points [K, P]: those of the simpler law, spread over what this one has more."""
-        columns = [self.variables.index(v) for v in self.base.variables]
-        rows = z_nxV[:, -1] == 0 if "T" in self.variables else slice(None)  # ID rows alone, where both kinds are
-        some = self.base.starts(z_nxV[rows][:, columns], y_n[rows], weights_n[rows], robust=robust, count=count)
-        return self.spread(some, z_nxV, y_n)
+from ecg_jax.scaling.relations import OTHERS
 
 
 def get(name: str, variables: tuple[str, ...]) -> "laws.Law | Formula":
@@ -173,10 +30,8 @@ def get(name: str, variables: tuple[str, ...]) -> "laws.Law | Formula":
         return PAIRS[name]
     if name in SINGLES and len(variables) == 1:
         return SINGLES[name](variables[0])
-    if name == "data-constrained" and variables == ("N", "D", "U"):
-        return CONSTRAINED
-    if name == "transfer" and variables == ("N", "D", "T"):
-        return TRANSFER
+    if (name, variables) in OTHERS:
+        return OTHERS[name, variables]
     return laws.get(name, variables)
 
 
@@ -209,16 +64,22 @@ def _coupled_raw(e, a, b, alpha, beta, log_k, n, d):
     return [np.exp(e), np.exp((a + alpha * n) / k), np.exp((b + beta * d) / k), alpha / k, beta / k, k]
 
 
-def _with(levels: Sequence[float]):
-    """Starts with one more parameter at each of `levels`."""
-    return lambda some, z, y: np.concatenate([np.column_stack([some, np.full(len(some), x)]) for x in levels])
+def _overfitting(p: list[Jet], z: list[np.ndarray]) -> Jet:
+    e, a, b, alpha, beta, c = p
+    m = jets.exp(e) + jets.exp(a - alpha * z[0])
+    middle = jets.exp(e) + jets.exp(a)  # so that b stays the excess at the design's centre
+    return m + jets.exp(b - beta * z[1] + (1.0 - c) * (jets.log(m) - jets.log(middle)))
+
+
+def _overfitting_raw(e, a, b, alpha, beta, c, n, d):
+    level = (c - 1.0) * np.log(np.exp(e) + np.exp(a))
+    return [np.exp(e), np.exp(a + alpha * n), np.exp(b + beta * d + level), alpha, beta, c]
 
 
 def _drop_floor(some, z, y):
     return some[:, 1:]
 
 
-PAIR = ("floor", "amplitude", "amplitude", "exponent", "exponent")
 PAIRS = {
     "kaplan": Formula(
         "kaplan", ("N", "D"), ("E", "A", "B", "alpha", "beta"), PAIR, "E + ((A/N)^(alpha/beta) + B/D)^beta",
@@ -230,7 +91,12 @@ PAIRS = {
     ),
     "coupled": Formula(
         "coupled", ("N", "D"), ("E", "A", "B", "alpha", "beta", "k"), (*PAIR, "k"),
-        "E + (A N^-alpha + B D^-beta)^k", _coupled, _coupled_raw, JOINT, _with((-1.2, 0.0, 1.2)),
+        "E + (A N^-alpha + B D^-beta)^k", _coupled, _coupled_raw, JOINT, with_levels((-1.2, 0.0, 1.2)),
+    ),
+    "overfitting": Formula(
+        "overfitting", ("N", "D"), ("E", "A", "B", "alpha", "beta", "c"), (*PAIR, "c"),
+        "M (1 + B D^-beta M^-c), M = E + A N^-alpha", _overfitting, _overfitting_raw, JOINT,
+        with_levels((0.0, 1.0, 2.0)),
     ),
 }  # fmt: skip
 
@@ -291,7 +157,7 @@ def _single(name: str):
                 name, (v,), ("E", amplitude, slope, "s"), ("floor", "amplitude", "exponent", "place"),
                 f"E + {amplitude} ({v} + s)^-{slope}", _shifted,
                 lambda e, a, alpha, s, c: [np.exp(e), np.exp(a + alpha * c), alpha, np.exp(s + c)],
-                base, lambda some, z, y: _with(np.quantile(z, [0.0, 0.3]) + np.array([-2.0, 0.0]))(some, z, y),
+                base, lambda some, z, y: with_levels(np.quantile(z, [0.0, 0.3]) + np.array([-2.0, 0.0]))(some, z, y),
             )  # fmt: skip
         if name == "broken":
             return Formula(
@@ -340,73 +206,3 @@ def _m4_starts(some: np.ndarray, z: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 SINGLES = {name: _single(name) for name in ("shifted", "broken", "m3", "m4")}
-
-
-# --------------------------------------------------------------- repeated data, and transfer to OOD
-
-
-def _data_constrained(p: list[Jet], z: list[np.ndarray]) -> Jet:
-    e, a, b, alpha, beta, log_rd, log_rn = p
-    n, d, u = z
-    log_g = (jets.log(alpha) + a - jets.log(beta) - b) / (alpha + beta)
-    best = (log_g + u) * beta / alpha + log_g  # ln of the size that is compute-optimal for U
-    smaller = best.value < n
-    useful = best * (1.0 * smaller) + n * (1.0 * ~smaller)
-    terms = [_effective(useful, n - useful, log_rn) * -alpha + a]
-    terms.append(_effective(log_rd * 0.0 + u, log_rd * 0.0 + (d - u), log_rd) * -beta + b)
-    return jets.exp(e) + jets.exp(terms[0]) + jets.exp(terms[1])
-
-
-def _effective(log_once: Jet, log_times: Jet, log_r: Jet) -> Jet:
-    """ln of once (1 + R* (1 - exp(-(times - 1) / R*)))."""
-    repeats = jets.exp(log_times) - 1.0
-    star = jets.exp(log_r)
-    return log_once + jets.log(star * (1.0 - jets.exp(-(repeats / star))) + 1.0)
-
-
-def _transfer(p: list[Jet], z: list[np.ndarray]) -> Jet:
-    e, a, b, alpha, beta, e_ood, k, kappa = p
-    log_g = jets.log(jets.exp(a - alpha * z[0]) + jets.exp(b - beta * z[1]))
-    centre = jets.log(jets.exp(a) + jets.exp(b))
-    ood = z[2] > 0
-    at_home = jets.exp(e) + jets.exp(log_g)
-    abroad = jets.exp(e_ood) + jets.exp(k + kappa * (log_g - centre))
-    return at_home * (1.0 - ood) + abroad * (1.0 * ood)
-
-
-CONSTRAINED = Formula(
-    "data-constrained", ("N", "D", "U"), ("E", "A", "B", "alpha", "beta", "RD", "RN"),
-    ("floor", "free", "free", "exponent", "exponent", "repeats", "repeats"),
-    "E + A N'^-alpha + B D'^-beta",
-    _data_constrained, lambda e, a, b, alpha, beta, rd, rn, *_: [
-        np.exp(e), np.exp(a), np.exp(b), alpha, beta, np.exp(rd), np.exp(rn)],
-    JOINT, lambda some, z, y: np.concatenate([
-        np.column_stack([some[:3], np.full((len(some[:3]), 2), np.log([rd, rn]))])
-        for rd in (3.0, 20.0, 120.0) for rn in (2.0, 8.0, 40.0)
-    ]), centred=False,
-)  # fmt: skip
-
-
-def _transfer_starts(some: np.ndarray, z: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """ID part from the ID rows; OOD part by non-negative least squares for a few exponents kappa."""
-    out = []
-    ood = z[:, 2] > 0
-    for theta in some[:4]:
-        e, a, b, alpha, beta = theta
-        log_g = np.logaddexp(a - alpha * z[ood, 0], b - beta * z[ood, 1]) - np.logaddexp(a, b)
-        for kappa in (0.15, 0.4, 0.8, 1.3):
-            basis = np.stack([np.ones(ood.sum()), np.exp(kappa * log_g)], axis=1) / y[ood, None]
-            level = np.linalg.lstsq(basis, np.ones(ood.sum()), rcond=None)[0]
-            level = np.log(np.maximum(level, 1e-3 * y[ood].min()))
-            out.append([e, a, b, alpha, beta, level[0], level[1], kappa])
-    return np.array(out)
-
-
-TRANSFER = Formula(
-    "transfer", ("N", "D", "T"), ("E", "A", "B", "alpha", "beta", "Eo", "K", "kappa"),
-    (*PAIR, "floor", "amplitude", "exponent"), "E + g; Eo + K g^kappa, g = A N^-alpha + B D^-beta",
-    _transfer, lambda e, a, b, alpha, beta, eo, k, kappa, n, d, *_: [
-        np.exp(e), np.exp(a + alpha * n), np.exp(b + beta * d), alpha, beta, np.exp(eo),
-        np.exp(k - kappa * np.logaddexp(a, b)), kappa],
-    JOINT, _transfer_starts,
-)  # fmt: skip

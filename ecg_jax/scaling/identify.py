@@ -67,10 +67,12 @@ def design_conditions(runs: RunSet, law: Law) -> list[Condition]:
         )
     ]
     for v in law.variables:
-        count = len(runs.sizes if v == "N" else runs.data)
+        if v == "U":
+            continue
+        count = len({"N": runs.sizes, "D": runs.data, "L": np.unique(runs.id_loss)}[v])
         text = f"{count} distinct values of {v}"
         if count < LEAST_SIZES:
-            text += f"; {LEAST_SIZES} are needed before {EXPONENT[v]} means anything"
+            text += f"; {LEAST_SIZES} are needed before {EXPONENT.get(v, 'kappa')} means anything"
         found.append(Condition(f"sizes of {v}", count >= LEAST_SIZES, text, float(count), float(LEAST_SIZES)))
     if len(law.variables) == 2 and len(runs.sizes) > 1 and len(runs.data) > 1:
         together = abs(float(np.corrcoef(np.log(runs.n_params), np.log(runs.n_records))[0, 1]))
@@ -113,6 +115,7 @@ def _fall(runs: RunSet, fit: Fit, noise: SeedNoise | None, v: str, reference: fl
         how = ""
     else:  # no grid: the law itself is asked
         pair = {v: np.array([moving.min(), moving.max()]), other: np.full(2, fixed.max())}
+        pair["U"] = pair["D"]  # records read once
         first, last = fit.predict(np.log(np.stack([pair[x] for x in fit.law.variables], axis=1)))
         how = ", by the fitted law (the runs are no grid)"
     drop = float(first - last)
@@ -122,9 +125,12 @@ def _fall(runs: RunSet, fit: Fit, noise: SeedNoise | None, v: str, reference: fl
     if first <= reference:
         return Condition(f"over {v}", False, f"no excess over the {what} {reference:.4g}{where}{how}")
     share = drop / float(first - reference)
-    enough = share >= LEAST_FALL[v]
+    free = known or "E" in fit.law.names  # a law without a floor has no excess to speak of
+    enough = share >= LEAST_FALL[v] or not free
     clear = drop > SEED_SDS * sd
     text = f"excess over the {what} falls by {100 * share:.0f} %{where}{how} (at least {100 * LEAST_FALL[v]:.0f} %)"
+    if not free:
+        text = f"loss falls by {100 * share:.0f} %{where}{how} (the law has no floor)"
     many = f"{drop / sd:.1f}" if sd > 1e-12 * first else "very many"
     text += f", by {many} {source} SDs (more than {SEED_SDS:.0f})"
     return Condition(f"over {v}", bool(enough and clear), text, share, LEAST_FALL[v])

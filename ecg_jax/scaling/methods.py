@@ -26,6 +26,8 @@ MEANING = {
     "f": "width of the turn",
     "E0": "loss before learning", "q": "how the start saturates",
     "gamma": "inverse size at which it levels off",
+    "c": "extent of overfitting (1: as Hoffmann's law has it)", "Eo": "irreducible OOD loss",
+    "K": "amplitude of the OOD excess", "kappa": "exponent of OOD excess in ID excess",
     "RD": "repeats of the data that still count", "RN": "excess parameters that still count",
 }  # fmt: skip
 REFERENCES = {
@@ -72,6 +74,15 @@ def paragraph(
             + ", from a grid of starting points by a damped Newton method with exact second derivatives in centred "
             "parameters; every optimum carries a certificate (scaled gradient, curvature, agreement of the starts)."
         )  # fmt: skip
+    if options.weights == "variance":
+        said.append(
+            "Runs are weighted by the inverse variance of ln L from repeated seeds and from the evaluation's interval."
+        )
+    if any(r.tested for r in fitted):
+        said.append(
+            "Each law was tested against a free coupling of N and D, a free exponent of the extent of overfitting and, "
+            "where seeds are repeated, pure error (F tests on ln L, Holm's correction)."
+        )
     if options.fixed:
         said.append("Held: " + ", ".join(f"{k} = {v}" for k, v in options.fixed) + ".")
     kinds = Counter(r.draws.kind for r in fitted if r.draws)
@@ -83,6 +94,13 @@ def paragraph(
             "their ends are Student's t times the draws' robust standard deviation, and E's are widened to its "
             "profile likelihood's."
         )
+    for kind, how in (("residual", "leverage-corrected residuals"), ("parametric", "normal noise")):
+        if kinds.get(kind):
+            said.append(
+                f"Intervals ({100 * options.level:g} %) are from {options.bootstrap:,} bootstrap draws of {how}; their "
+                "ends are Student's t times the draws' robust standard deviation, and E's are widened to its profile "
+                "likelihood's."
+            )
     if kinds.get("case"):
         said.append(
             f"Designs of many scattered configurations use {options.bootstrap:,} case resamples by configuration and "

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from ecg_jax.scaling import paired
 from ecg_jax.scaling.analysis import LawResult
-from ecg_jax.scaling.forms import Formula
+from ecg_jax.scaling.formula import Formula
 from ecg_jax.scaling.intervals import interval, method_of, p_value, parameter_draws
 from ecg_jax.scaling.laws import EXPONENT, Law
 from ecg_jax.scaling.restrict import whole
@@ -102,12 +103,15 @@ def _as_many_draws(*results: LawResult) -> tuple[LawResult, ...]:
 def compare(first: LawResult, second: LawResult, *, level: float) -> Iterator[Multiplier]:
     """rho and M for every variable of the laws, in favour of `first` where above 1."""
     for v in first.law.variables:
+        if v == "U":  # distinct records, where D counts those read
+            continue
         yield _exponent_ratio(first, second, v, level)
-        yield _equal_loss(first, second, v, level)
+        if set(first.law.variables) <= {"N", "D"}:
+            yield _equal_loss(first, second, v, level)
 
 
 def _exponent_ratio(first: LawResult, second: LawResult, v: str, level: float) -> Multiplier:
-    name = EXPONENT[v]
+    name = EXPONENT.get(v, "kappa")
     estimate = float(np.log(first.fit.parameters[name] / second.fit.parameters[name]))
     draws = None
     if first.draws is not None:
@@ -118,7 +122,7 @@ def _exponent_ratio(first: LawResult, second: LawResult, v: str, level: float) -
 
 
 def _exponent_draws(result: LawResult, v: str) -> np.ndarray:
-    return parameter_draws(result.fit, result.draws, result.law.names.index(EXPONENT[v]))
+    return parameter_draws(result.fit, result.draws, result.law.names.index(EXPONENT.get(v, "kappa")))
 
 
 def _equal_loss(first: LawResult, second: LawResult, v: str, level: float) -> Multiplier:
@@ -137,13 +141,14 @@ def _equal_loss(first: LawResult, second: LawResult, v: str, level: float) -> Mu
         return between(f"M_{v}", second, first, None, None, at, meaning, level, note)
     losses = np.exp(np.linspace(np.log(low), np.log(high), POINTS))
     at["loss"] = [float(low), float(high)]
-    point = _needed(second, v, losses, at)[0] - _needed(first, v, losses, at)[0]
+    point = needed(second, v, losses, at)[0] - needed(first, v, losses, at)[0]
     draws = None
     if first.draws is not None:
         with np.errstate(invalid="ignore"):
-            draws = (_needed(second, v, losses, at, draws=True) - _needed(first, v, losses, at, draws=True)).mean(
-                axis=1
-            )
+            draws = (needed(second, v, losses, at, draws=True) - needed(first, v, losses, at, draws=True)).mean(axis=1)
+    free = paired.form_free(first.runs, second.runs, v, at.get(other[0]) if other else None)
+    if free is not None:
+        at["without a form"] = free
     at["ratio at these losses"] = [float(np.exp(point[0])), float(np.exp(point[-1]))]
     return between(f"M_{v}", second, first, float(point.mean()), draws, at, meaning, level)
 
@@ -164,9 +169,9 @@ def _reached(result: LawResult, v: str, at: dict[str, float]) -> tuple[float, fl
     return float(low), float(high)
 
 
-def _needed(result: LawResult, v: str, losses: np.ndarray, at: dict, *, draws: bool = False) -> np.ndarray:
-    """ln of the resource `v` at which the law reaches `losses`, [R, len(losses)]; +inf where it never
-    does."""
+def needed(result: LawResult, v: str, losses: np.ndarray, at: dict, *, draws: bool = False) -> np.ndarray:
+    """ln of the resource `v` at which the law reaches `losses` ([m], or [R, m] with one row a draw), [R, m]; +inf
+    where it never does."""
     fit = result.fit
     theta = result.draws.theta if draws else fit.theta[None]
     law, theta = whole(fit.law, theta)
@@ -181,7 +186,7 @@ def _needed(result: LawResult, v: str, losses: np.ndarray, at: dict, *, draws: b
     for j, u in enumerate(law.variables):
         if u != v:
             rest = rest + np.exp(theta[:, law.floor + j] - theta[:, law.n_terms + j] * (np.log(at[u]) - fit.centre[j]))
-    left = losses[None] - rest[:, None]
+    left = np.atleast_2d(losses) - rest[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         log_left = np.where(left > 0, np.log(np.maximum(left, 1e-300)), -np.inf)
         return fit.centre[i] + (theta[:, [law.floor + i]] - log_left) / theta[:, [law.n_terms + i]]
@@ -190,7 +195,7 @@ def _needed(result: LawResult, v: str, losses: np.ndarray, at: dict, *, draws: b
 def _bisect(law: Formula, theta_RxP: np.ndarray, i: int, losses_m: np.ndarray, z_V: np.ndarray) -> np.ndarray:
     """Centred ln of variable i at which the law reaches each loss, [R, m], by halving; a law falls in each
     variable."""
-    shape = (len(theta_RxP), len(losses_m))
+    shape = (len(theta_RxP), losses_m.shape[-1])
     low, high = np.full(shape, -FARTHEST), np.full(shape, FARTHEST)
     columns = [np.full(shape, z) for z in z_V]
 

@@ -74,6 +74,8 @@ max-width:45%}
 table.cards td:first-child{display:block;text-align:left;font-weight:600}
 table.cards td:first-child::before{content:none}
 table.cards td.wide{display:block;text-align:left}table.cards td.wide::before{content:none}
+table.cards td:has(small):not(:first-child)::before{flex-basis:32%}
+table.cards td:not(:first-child) small{flex:0 0 44%}
 td.num,td small{white-space:normal}
 dl{display:block}dd{border:0;padding:0 0 9px}
 }

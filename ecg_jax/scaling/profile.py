@@ -58,7 +58,7 @@ def profile(fit: Fit, log_x: np.ndarray, y: np.ndarray, name: str, *, level: flo
     j = law.keep.tolist().index(j) if isinstance(law, Restricted) else j
     z = log_x - fit.centre
     target = np.log(y) if fit.logarithmic else y
-    criterion, weights, bounds = fit.criterion(), np.ones(len(y)), law.bounds(y, z)
+    criterion, weights, bounds = fit.criterion(), fit.weights, law.bounds(y, z)
     smallest = _sum(fit, criterion)
     threshold = stdtrit(max(fit.n - law.size, 1), 0.5 + level / 2) ** 2 / max(fit.n - law.size, 1)
 
@@ -102,4 +102,4 @@ def profile(fit: Fit, log_x: np.ndarray, y: np.ndarray, name: str, *, level: flo
 
 def _sum(fit: Fit, criterion) -> float:
     unit = criterion.delta if np.isfinite(criterion.delta) else 1.0
-    return max(float(criterion.shape(fit.residuals / unit)[0].sum()), 1e-300)
+    return max(float((fit.weights * criterion.shape(fit.residuals / unit)[0]).sum()), 1e-300)

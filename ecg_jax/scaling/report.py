@@ -14,17 +14,13 @@ from html import escape
 
 import numpy as np
 
-from ecg_jax.scaling import checklist, claims, identify, methods, numbers, page, probed
+from ecg_jax.scaling import checklist, claims, methods, numbers, one_law, page, probed
 from ecg_jax.scaling.analysis import LawResult, Options
 from ecg_jax.scaling.drawing import Drawing
-from ecg_jax.scaling.export import allocation_of, amplitudes_of
 from ecg_jax.scaling.families import RunSet
 from ecg_jax.scaling.multipliers import Multiplier, family_name
-from ecg_jax.scaling.restrict import whole
 from ecg_jax.scaling.table import Table
 from ecg_jax.scaling.transfer import Transfer
-
-SYMBOL = {"alpha": "α", "beta": "β"}
 
 
 @dataclass(frozen=True)
@@ -99,10 +95,6 @@ def _range(values: np.ndarray, unit: str) -> str:
     return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
 
 
-def _symbol(name: str) -> str:
-    return f'<i class="v">{SYMBOL.get(name, name)}</i>'
-
-
 def _task(runs: RunSet) -> str:
     key = runs.key
     more = f", probe {key.probe}" if key.probe else ""
@@ -122,7 +114,7 @@ def _overview(study: Study) -> Iterator[str]:
         "nats. A law is "
         "printed only where the runs identify one; the conditions stand with each law below.</p>"
     )
-    heads = ["Family", "Task", *(_symbol(n) for n in ("alpha", "beta", "E")), "Known floor", "Held-out error"]
+    heads = ["Family", "Task", *(one_law.symbol(n) for n in ("alpha", "beta", "E")), "Known floor", "Held-out error"]
     rows = []
     for r in study.results:
         row = [escape(family_name(r.runs.key.family)), _task(r.runs)]
@@ -169,114 +161,13 @@ def _each(study: Study) -> Iterator[str]:
     for drawing in (d for d in study.drawings if d.kind == "law"):
         r = drawing.result
         yield f"<h3>{escape(family_name(r.runs.key.family))} <span>{_task(r.runs)}</span></h3>"
-        yield f'<p class="law">{_formula(r)}</p>' if r.identified else f"<p>{_refusal(r)}</p>"
+        yield f'<p class="law">{one_law.formula(r)}</p>' if r.identified else f"<p>{_refusal(r)}</p>"
         yield page.checks((c.ok, f"<b>{c.name}</b> {escape(c.text)}") for c in r.identification.conditions)
         yield page.figure(drawing.panels, drawing.caption)
         if r.identified:
-            yield _parameters(r, study.options)
-            yield f"<p>{_quality(r, study.options)}</p>"
-            yield _sensitivity(r, study.options)
-
-
-def _formula(r: LawResult) -> str:
-    values = r.fit.parameters
-    if r.law.name not in ("hoffmann", "power", "power0"):
-        return f"<i>L</i> = {escape(r.law.formula)}" if "=" not in r.law.formula else escape(r.law.formula)
-    terms = [numbers.short(values["E"])] if "E" in values else []
-    for v, (amplitude, exponent) in {"N": ("A", "alpha"), "D": ("B", "beta")}.items():
-        if amplitude in values:
-            terms.append(
-                f"{numbers.short(values[amplitude])} "
-                f"<i>{v}</i><sup>{numbers.MINUS}{numbers.short(values[exponent])}</sup>"
-            )
-    return f"<i>L</i> = {' + '.join(terms)}"
-
-
-def _parameters(r: LawResult, options: Options) -> str:
-    rows = []
-    for name in r.law.names:
-        ends = numbers.interval(r.intervals[name].pair()) if name in r.intervals else "no bootstrap asked for"
-        rows.append(
-            [f"{_symbol(name)} {methods.MEANING.get(name, '')}", numbers.short(r.fit.parameters[name], 4), ends]
-        )
-    law, theta = whole(r.fit.law, r.fit.theta)
-    for i, v in zip(amplitudes_of(law), law.variables, strict=False):
-        centre, share = np.exp(r.fit.centre[law.variables.index(v)]), np.exp(theta[i])
-        log_draws = whole(r.fit.law, r.draws.theta)[1][:, i] if r.draws else None
-        ends = "no bootstrap asked for"
-        if log_draws is not None:
-            from ecg_jax.scaling.intervals import interval, method_of
-
-            got = interval(float(np.log(share)), log_draws, level=options.level, method=method_of(r.draws), df=r.df)
-            ends = numbers.interval([None if e is None else float(np.exp(e)) for e in got.pair()])
-        rows.append([f"excess that {v} leaves at {v} = {numbers.count(centre)}", numbers.short(share, 4), ends])
-    return page.table(["Parameter", "Estimate", f"{100 * options.level:g} % interval"], rows)
-
-
-def _quality(r: LawResult, options: Options) -> str:
-    c, fit = r.fit.certificate, r.fit
-    words = [
-        f"{fit.n} runs in {int(r.runs.cells.max()) + 1} configurations; residual standard deviation "
-        f"{_as_share(identify.residual_sd(fit), fit.logarithmic)}"
-    ]
-    if r.noise:
-        pooled = f" pooled over {r.noise.pooled_over} families" if r.noise.pooled_over > 1 else ""
-        words.append(
-            f"repeated seeds differ by {numbers.percent(r.noise.log)} ({r.noise.df} degrees of freedom{pooled})"
-        )
-    if len(r.runs.spread) > 1:
-        parts = (f"{k} {numbers.percent(sd)} ({df} df)" for k, (sd, df) in r.runs.spread.items())
-        words.append(f"spread by its origin: {', '.join(parts)}")
-    agree = f"{c.starts_agreeing} of {c.starts} starts reached this optimum"
-    gap = (
-        "no other was found"
-        if c.second_best_gap is None
-        else f"the next lies {numbers.percent(c.second_best_gap)} higher"
-    )
-    words.append(f"{agree}, {gap}; scaled gradient {c.scaled_gradient:.0e}")
-    if c.boundary:
-        words.append(f"at a boundary: {', '.join(c.boundary)}")
-    best = allocation_of(r, options.level)
-    if best is not None:
-        span = f" ({numbers.interval(best['a_interval'], 2)})" if "a_interval" in best else ""
-        words.append(
-            f"at compute proportional to N D the optimal N grows as its power {numbers.short(best['a'], 2)}{span}; for "
-            f"the largest budget here that is N = {numbers.count(best['n_params'])} with D = "
-            f"{numbers.count(best['n_records'])}"
-        )
-    words += [f"{escape(w)} (profile likelihood)" for w in r.weak]
-    if not c.converged:
-        words.append("<b>the optimiser did not converge</b>")
-    if r.held_out:
-        words.append(
-            f"fitted without the {escape(r.held_out.rule)}, the law misses them by "
-            f"{numbers.percent(r.held_out.log_rmse)}"
-        )
-    else:
-        words.append("too few sizes to hold the largest runs out")
-    if not r.runs.converged.all():
-        flagged = [f"{n} ({s})" for n, s in zip(r.runs.runs, r.runs.status, strict=True) if s != "done"]
-        words.append(f"kept though flagged: {escape(', '.join(flagged[:8]))}{' and more' if len(flagged) > 8 else ''}")
-    return ". ".join(w[0].upper() + w[1:] if w[0] != "<" else w for w in words) + "."
-
-
-def _as_share(sd: float, logarithmic: bool) -> str:
-    return numbers.percent(sd) if logarithmic else f"{numbers.short(sd)} nats"
-
-
-def _sensitivity(r: LawResult, options: Options) -> str:
-    names = r.law.names
-    rows = [
-        [
-            f"as above (loss {options.loss})",
-            str(r.fit.n),
-            *(numbers.short(r.fit.parameters[n]) for n in names),
-        ]
-    ]
-    for v in r.variants:
-        cells = [numbers.short(v.parameters[n]) for n in names] if v.parameters else ["too few runs are left"]
-        rows.append([escape(v.what), str(v.n), *cells])
-    return page.table(["The same runs fitted otherwise", "Runs", *(_symbol(n) for n in names)], rows)
+            yield one_law.parameters(r, study.options)
+            yield f"<p>{one_law.quality(r, study.options)}</p>"
+            yield one_law.sensitivity(r, study.options)
 
 
 # --------------------------------------------------------------------------------- other sections
@@ -301,7 +192,7 @@ def _multipliers(study: Study) -> Iterator[str]:
 
 def _multiplier_row(m: Multiplier) -> list[str]:
     top, kind, v = (m.kind.split("_")[0].startswith("max"), *m.kind.removeprefix("max ").split("_"))
-    letter = {"rho": "ρ", "N": "N"}.get(kind, "M")
+    letter = {"rho": "ρ", "N": "N", "D": "D", "m": "m"}.get(kind, "M")
     row = [
         f"{'max ' if top else ''}<i>{letter}</i><sub>{v}</sub> <small>{escape(m.meaning)}; "
         f"{escape(m.numerator)} over {escape(m.denominator)}</small>",
@@ -321,6 +212,16 @@ def _multiplier_row(m: Multiplier) -> list[str]:
             f"{numbers.interval(m.at['loss'])}<small>ratio there {numbers.short(drift[0])} and "
             f"{numbers.short(drift[1])}</small>"
         )
+    if "without a form" in m.at:
+        over += f"<small>without a form {numbers.short(m.at['without a form'])}</small>"
+    if kind == "m":
+        over = f"<small><i>p</i> of nothing else differing {numbers.p(m.at['p of all else shared'])}</small>"
+        over += f"<small>{escape(m.note)}</small>" if m.note else ""
+        if "p of swapped families" in m.at:
+            over += f"<small><i>p</i> of swapped families {numbers.p(m.at['p of swapped families'])}</small>"
+    if kind == "D" and v == "T":
+        counted = numbers.short(m.at["multiplier"])
+        over = f"<small>with {numbers.count(m.at['D_F'])} records, which count {counted} times</small>"
     if "under other forms" in m.at:
         others = (f"{f} {numbers.short(x)}" for f, x in m.at["under other forms"].items())
         over += f"<small>under other forms: {escape(', '.join(others))}</small>"
@@ -331,7 +232,7 @@ def _multiplier_row(m: Multiplier) -> list[str]:
     needed = f"<small>1.3 told from 1 with {runs} x these runs</small>" if runs and runs > 1 else ""
     return [
         *row,
-        numbers.count(m.value) if letter == "N" else numbers.short(m.value),
+        numbers.count(m.value) if letter in "ND" else numbers.short(m.value),
         (numbers.interval(m.interval) if m.interval != (None, None) else "unbounded") + share + needed,
         escape(numbers.p(m.p_holm)),
         over,

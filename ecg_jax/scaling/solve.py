@@ -62,6 +62,7 @@ class Fit:
     leverage: np.ndarray
     certificate: Certificate
     starts: np.ndarray  # centred starting points that were used, [K, P]
+    weights: np.ndarray  # of the runs in the sum, [n]
 
     @property
     def n(self) -> int:
@@ -243,6 +244,7 @@ def _collect(law, z, target, weights, centre, begin, solved, bounds, criterion, 
         leverage=_leverage(law, z, zero, weights, criterion.logarithmic),
         certificate=certificate,
         starts=begin,
+        weights=weights,
     )
 
 

@@ -72,7 +72,7 @@ def test_laws_json_keeps_its_contract(study):
 
 def test_multipliers_json_keeps_its_contract(study):
     entries = json.loads((study[0] / "out" / "multipliers.json").read_text())
-    plain = {"rho_N", "rho_D", "M_N", "M_D", "M_C", "N_x", "rho_T"}
+    plain = {"rho_N", "rho_D", "M_N", "M_D", "M_C", "N_x", "m_N", "rho_T"}
     assert plain <= {m["kind"] for m in entries} <= plain | {f"max {k}" for k in plain}
     assert all(m.keys() >= MULTIPLIER_FIELDS and len(m["interval"]) == 2 and m["meaning"] for m in entries)
     on_id = next(m for m in entries if m["kind"] == "M_N" and m["domain"] == "id")

@@ -11,13 +11,15 @@ from ecg_jax.scaling.solve import fit_law
 
 PAIR, ONE = ("N", "D"), ("N",)
 ALL = [
-    *((f, PAIR) for f in ("hoffmann", "kaplan", "kaplan0", "coupled")),
+    *((f, PAIR) for f in ("hoffmann", "kaplan", "kaplan0", "coupled", "overfitting")),
     *((f, ONE) for f in ("power", "power0", "shifted", "broken", "m3", "m4")),
     ("data-constrained", ("N", "D", "U")),
     ("transfer", ("N", "D", "T")),
+    ("ratio", ("N", "D", "T")),
+    ("loss-to-loss", ("L",)),
 ]
 MIDDLE = {"floor": -1.0, "amplitude": -0.5, "exponent": 0.4, "early": 0.2, "place": -1.0, "turn": 0.2, "free": 0.3,
-          "k": 0.4, "f": -1.0, "q": 0.5, "repeats": 1.0}  # fmt: skip
+          "c": 1.2, "ratio": 0.3, "below": -2.5, "k": 0.4, "f": -1.0, "q": 0.5, "repeats": 1.0}  # fmt: skip
 CRITERIA = [
     Criterion(True, 0.05),
     Criterion(False, np.inf),
