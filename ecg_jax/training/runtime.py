@@ -100,9 +100,9 @@ def spread(arch: Config, lanes: int) -> None:
 
     To be called before JAX has devices; after that, or where XLA_FLAGS says how many there are, it changes nothing.
     Nor does it matter beside a GPU or TPU. Measured, ms of a train step with one and with two devices on two cores:
-    R4 91 and 70, T4 216 and 192, T8 1458 and 1224; but R6 216 and 209, R7 586 and 709, R8 497 and 798: the wide
-    convolutions are products so large that they fill all cores by themselves. And T11, at four records a step, takes a
-    quarter longer with two, since each device updates all parameters.
+    R4 91 and 70, T4 216 and 192, T8 1458 and 1224, T9 2476 and 2197, T10 4771 and 4544; but R6 216 and 209, R7 586 and
+    709, R8 497 and 798: the wide convolutions are products so large that they fill all cores by themselves. And T11, at
+    four records a step, takes a quarter longer with two, since each device updates all parameters.
     """
     large = arch.width >= WIDE if isinstance(arch, ResNet1dConfig) else ladder.count(arch) > LARGE
     if large or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
