@@ -5,6 +5,7 @@
     python tools/bench_step.py --rung T12 --precision bf16 --batch 256 --steps-per-dispatch 4
     python tools/bench_step.py --rung R4 T4 --objective masked_codes
     python tools/bench_step.py --objective codebook --batch 4
+    taskset -c 0 python tools/bench_step.py --rung R8 T8 --pairs 3 --profile
 
 The step is the one that training runs (`training/step`): gather from resident int16 records, cast and scale, loss,
 gradient, clipping, AdamW, guard. Records are random and wholly valid, with 12 beats and random codes. By default
@@ -17,12 +18,14 @@ same process and minutes. Its ratios are PyTorch's median over ours: above 1, ou
 first; where it cannot be quiet, set OMP_WAIT_POLICY=passive (PyTorch's threads else burn time waiting for a core) and
 believe the ratio of CPU time.
 
-Measured on two quiet cores of an Intel Xeon with AVX-512, jax 0.10.2 and torch 2.13, float32, seven pairs, PyTorch's
-time over ours, wall and CPU: R8, batch 32, 1.48 and 1.71; R4, batch 32, 1.21 and 1.28 (75 ms beside 91); T8, batch 16,
-0.76 and 0.77; T11, batch 4, on one device 0.68 and 0.72, on two 0.54 (five pairs). Of R8's 610 ms of operations 62 %
-are XLA's fused matrix products, 10 % other products, 22 % copies, pads and selections around the spectral windows, the
-rest norms and the update. Tried and left out: convolution as an image of height 1 with a gradient written out (R4 in
-61 ms, but NaN in an unoptimised program); keeping freed memory with mallopt (T8 10 % faster, R4 9 % slower).
+Measured on two cores of an Intel Xeon with AVX-512, jax 0.10.2 and torch 2.13, float32, PyTorch's time over ours, wall
+and CPU: R8, batch 32, 1.54 and 1.77 (478 ms beside 738); R4, batch 32, 1.42 and 1.57 (66 beside 94); T8, batch 16,
+0.79 and 0.80 (1.20 s beside 0.95). What bounds T8, in CPU seconds a step on one core: its dense products take 1.20 in
+XLA and 1.17 in PyTorch; attention takes 0.67 and 0.50. Of the 0.67, 0.29 are products, the rest passes over scores and
+changes of layout, which PyTorch's fused kernel does in registers. T11, batch 4, five pairs: 0.73 and 0.79 (3.15 s
+beside 2.29). Tried without gain: oneDNN in XLA (some products do not compile), Eigen in place of YNN (10 % slower),
+vectors of 512 bits, probabilities kept for the gradient, softmax as one operation, bias and log-sum-exp as columns of
+the products, chunks unrolled. Keeping freed memory with mallopt makes T8 4 % faster and R4 a quarter slower: left out.
 
 FLOPs are analytic at 2 per multiply-add and MFU stands against the dense peak of a known device, else it is not
 given (`models/flops.py`). Memory is what XLA assigns to the program: arguments, results and temporaries. Needs
@@ -302,6 +305,10 @@ def bench(args: argparse.Namespace, rung: str) -> dict[str, Any]:
         "jax": jax.__version__,
         "pairs": args.pairs,
     }
+    if args.profile:
+        import profile_step
+
+        print("\n".join(profile_step.table(ours.program.as_text(), ours.run)), flush=True)
     if args.against:
         there = [statistics.median(t[which] for t in times["torch"]) for which in (0, 1)]
         pairs = sorted(t[0] / o[0] for o, t in zip(times["ours"], times["torch"], strict=True))
@@ -364,6 +371,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--against", choices=["torch"])
     add("--channels-last", choices=["auto", "on", "off"], default="auto", help="in torch; auto: on a GPU")
     add("--compile-mode", default="default", help="of torch.compile, on a GPU")
+    add("--profile", action="store_true", help="where the time goes, by operation (CPU; on one core it is exact)")
     add("--csv", type=Path, help="file to append to")
     args = parser.parse_args(arguments)
     if args.against and (args.objective, args.input or "signal") != ("supervised", "signal"):

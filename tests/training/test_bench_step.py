@@ -12,6 +12,7 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 ABSENT = ("tensorflow", "tensorflow_datasets", "wfdb", "h5py", "google_crc32c", "matplotlib", "torch")
 ALONE = f"""
 import runpy, sys
+sys.path.insert(0, {str(TOOLS)!r})
 sys.modules.update(dict.fromkeys({ABSENT!r}))  # None: importing it fails
 bench = runpy.run_path({str(TOOLS / "bench_step.py")!r})
 bench["main"](sys.argv[1:])
@@ -31,11 +32,13 @@ def test_runs_on_a_bare_image_and_writes_a_line(tmp_path):
         assert float(line[name]) > 0, name
     assert line["mfu"] == "" and line["device"].endswith(" x cpu"), "no peak is guessed"
     assert line["ratio_wall"] == "" and "ecg_per_s" in done.stdout
-    own = ("--rung", "Td1", "--objective", "masked_codes", "--csv", str(file))
+    own = ("--rung", "Td1", "--objective", "masked_codes", "--csv", str(file), "--profile")
     done = subprocess.run([sys.executable, "-c", ALONE, *QUICK[:-2], *own], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     line = list(csv.DictReader(file.read_text().splitlines()))[-1]
     assert (line["objective"], line["input"]) == ("masked_codes", "beats") and float(line["ecg_per_s"]) > 0
+    profile = done.stdout.partition("ms of operations a step")[2].splitlines()[1:]
+    assert len(profile) > 10 and any("dot" in row for row in profile)
     refused = subprocess.run(
         [sys.executable, "-c", ALONE, "--rung", "Rd1", "--batch", "12", "--accumulate", "5"],
         capture_output=True,
