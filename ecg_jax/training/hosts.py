@@ -50,9 +50,15 @@ def join() -> None:
         return
     try:
         count, own = int(given[VARIABLES[1]]), int(given[VARIABLES[2]])
+        int(given[VARIABLES[0]].rpartition(":")[2])
     except ValueError:
-        raise UsageError(f"{VARIABLES[0]} is set, so {VARIABLES[1]} and {VARIABLES[2]} must be numbers") from None
+        wanted = (
+            f"{VARIABLES[0]} is set, so it must be host:port, and {VARIABLES[1]} and {VARIABLES[2]} must be numbers"
+        )
+        raise UsageError(wanted) from None
     check_count(count)
+    if not 0 <= own < count:
+        raise UsageError(f"{VARIABLES[2]} is {own}: of {count} processes the numbers are 0 to {count - 1}")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     seconds = int(float(os.environ.get("ECG_JAX_TIMEOUT", TIMEOUT)))
     global _line

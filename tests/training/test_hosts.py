@@ -214,3 +214,10 @@ def test_numbers_of_processes_that_work_are_listed(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(UsageError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers"):
         hosts.join()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "2")
+    with pytest.raises(UsageError, match="JAX_PROCESS_ID is 2: of 2 processes the numbers are 0 to 1"):
+        hosts.join()
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost")
+    with pytest.raises(UsageError, match="must be host:port"):
+        hosts.join()

@@ -41,7 +41,7 @@ def _address() -> str:
 
 
 def _start(count: int, *whats: str) -> list[subprocess.Popen]:
-    """A process for each of `whats`: wait, error, done."""
+    """A process for each of `whats`, wait, done or error, which does it once all are there."""
     address = _address()
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     whole = [sys.executable, "-c", CHILD]
@@ -51,8 +51,9 @@ def _start(count: int, *whats: str) -> list[subprocess.Popen]:
     for process in started:
         assert process.stdout.readline() == "there\n", process.communicate()
     for process, what in zip(started, whats, strict=True):
-        process.stdin.write("\n")
-        process.stdin.flush()
+        if what != "wait":
+            process.stdin.write("\n")
+            process.stdin.flush()
         if what == "done":
             assert process.wait(50) == 0
     return started
