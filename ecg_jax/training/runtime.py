@@ -125,9 +125,10 @@ def _fastest(config: config_lib.Config | None, most: int) -> int:
     """Of at most `most` CPU devices, a core each.
 
     Measured, ms of a train step on one and on two devices of two cores: R4 91 and 70, T4 216 and 192, T8 1458 and 1224,
-    T9 2476 and 2197, T10 4771 and 4544; but R6 216 and 209, R7 586 and 709, R8 497 and 798: the wide convolutions are products so large that they fill all
-    cores by themselves. And T11, at four records a step, takes a quarter longer with two, since each device updates all
-    parameters. R8 on one of two devices, as in a process that has further runs to do, takes 3 % longer.
+    T9 2476 and 2197, T10 4771 and 4544; but R6 216 and 209, R7 586 and 709, R8 497 and 798: the wide convolutions are
+    products so large that they fill all cores by themselves. And T11, at four records a step, takes a quarter longer
+    with two, since each device updates all parameters. R8 on one of two devices, as in a process that has further runs
+    to do, takes 3 % longer.
     """
     if config and config.objective.name == "codebook":
         return 1
