@@ -16,9 +16,9 @@ import numpy as np
 from ecg_jax.datasets.source import Item, PackedItems, pack
 from ecg_jax.errors import DataError, UsageError
 from ecg_jax.progress import track
+from ecg_jax.shards import LANES
 from ecg_jax.shards.schema import FRAME_EXTRA, LEAD_NAMES, LENGTH, Leads
 
-LANES = 8
 SPLITS = ("train", "val", "test")
 _EDGES = {"train": 0.90, "val": 0.95}  # upper edges on [0, 1); test is the rest
 SHARD_BYTES = 128 << 20  # a shard of the automatic count is at most this long, and longer than half of it

@@ -13,7 +13,7 @@ import numpy as np
 
 from ecg_jax.errors import DataError, UsageError
 from ecg_jax.records.windows import NO_CODE
-from ecg_jax.shards.grouping import LANES
+from ecg_jax.shards import LANES
 from ecg_jax.shards.tables import FIELDS, Table
 
 ROUNDS = 8  # of the Feistel network; four are enough for an order that passes for random, and these cost little

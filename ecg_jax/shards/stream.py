@@ -23,9 +23,8 @@ import numpy as np
 from ecg_jax.errors import DataError, MachineError, UsageError
 from ecg_jax.records.leads import expand_matrix
 from ecg_jax.records.windows import MAX_PEAKS
-from ecg_jax.shards import schema
+from ecg_jax.shards import LANES, schema
 from ecg_jax.shards.catalog import WHOLE, Subset
-from ecg_jax.shards.grouping import LANES
 from ecg_jax.shards.host import to_twelve
 from ecg_jax.shards.tables import FIELDS, Selection, choose, read_codes
 

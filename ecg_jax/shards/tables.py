@@ -21,10 +21,10 @@ from ecg_jax.errors import DataError, did_you_mean
 from ecg_jax.progress import track
 from ecg_jax.records.leads import expand_matrix
 from ecg_jax.records.windows import MAX_PEAKS, SLOTS
-from ecg_jax.shards import peaks, schema
+from ecg_jax.shards import LANES, peaks, schema
 from ecg_jax.shards.catalog import WHOLE, DataFolder, Shard, Subset, open_folder, select
 from ecg_jax.shards.codes import CodesFolder, open_codes
-from ecg_jax.shards.grouping import LANES, hash64
+from ecg_jax.shards.grouping import hash64
 from ecg_jax.shards.host import Mapped, MappedSignals, map_shard, to_twelve
 
 FIELDS = ("signal", "labels", "valid")  # what supervised training wants of a record

@@ -22,10 +22,9 @@ from ecg_jax import objectives
 from ecg_jax.config import Config
 from ecg_jax.errors import DataError, UsageError
 from ecg_jax.records.windows import NO_CODE
-from ecg_jax.shards import catalog, host
+from ecg_jax.shards import LANES, catalog, host
 from ecg_jax.shards import codes as codes_lib
 from ecg_jax.shards import tables as tables_lib
-from ecg_jax.shards.grouping import LANES
 from ecg_jax.shards.resident import Order
 from ecg_jax.shards.tables import Table
 from ecg_jax.training import hosts

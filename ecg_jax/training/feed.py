@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ecg_jax.shards.grouping import LANES
+from ecg_jax.shards import LANES
 from ecg_jax.shards.resident import Order, lane_layout
 from ecg_jax.shards.tables import FIELDS, Table
 from ecg_jax.training import mesh as mesh_lib

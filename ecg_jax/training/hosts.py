@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from ecg_jax import errors
 from ecg_jax.errors import EcgJaxError, MachineError, UsageError
-from ecg_jax.shards.grouping import LANES
+from ecg_jax.shards import LANES
 from ecg_jax.training import mesh as mesh_lib
 from ecg_jax.training import peers
 

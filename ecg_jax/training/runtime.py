@@ -22,7 +22,7 @@ from ecg_jax import stops
 from ecg_jax.errors import InterruptedRun
 from ecg_jax.models import ladder
 from ecg_jax.models.ladder import ResNet1dConfig
-from ecg_jax.shards.grouping import LANES
+from ecg_jax.shards import LANES
 from ecg_jax.training import hosts
 
 WIDE = 32  # channels of a ResNet's first stage from which its convolutions fill all cores of a CPU
