@@ -26,6 +26,8 @@ changes of layout, which PyTorch's fused kernel does in registers. T11, batch 4,
 beside 2.29). Tried without gain: oneDNN in XLA (some products do not compile), Eigen in place of YNN (10 % slower),
 vectors of 512 bits, probabilities kept for the gradient, softmax as one operation, bias and log-sum-exp as columns of
 the products, chunks unrolled. Keeping freed memory with mallopt makes T8 4 % faster and R4 a quarter slower: left out.
+Huge pages (GLIBC_TUNABLES=glibc.malloc.hugetlb=1, where the kernel's are at "madvise"): T8 alone takes 989 ms in place
+of 1,072, R4 the same; but beside PyTorch in one process ours takes 1,954 and PyTorch's 759, not understood: left out.
 
 FLOPs are analytic at 2 per multiply-add and MFU stands against the dense peak of a known device, else it is not
 given (`models/flops.py`). Memory is what XLA assigns to the program: arguments, results and temporaries. Needs
