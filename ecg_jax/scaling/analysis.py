@@ -165,25 +165,14 @@ def analyse(runs: RunSet, options: Options, noise: SeedNoise | None, chosen: cho
     conditions = identify.design_conditions(runs, law)
     if any(c.ok is False for c in conditions):
         return LawResult(runs, law, None, None, {}, identify.Identification(tuple(conditions)), noise, None, ())
-    keys = bootstrap.cell_keys(runs.n_params, runs.n_records)
     if "U" in law.variables:  # runs that read their records oftener are no repeats
-        noise, keys = None, [f"{k}/{x:.6g}" for k, x in zip(keys, runs.examples, strict=True)]
+        noise = None
     fitted = _fit(runs, law, options, noise)
     conditions += identify.loss_conditions(runs, fitted, noise)
     drawn, ends = None, {}
     known = identify.Identification(tuple(conditions))
     if options.bootstrap:
-        drawn = bootstrap.draw(
-            fitted,
-            runs.log_x(law.variables),
-            runs.loss,
-            keys,
-            draws=options.bootstrap if known.identified else min(options.bootstrap, DRAWS_UNIDENTIFIED),
-            seed=options.seed,
-            kind=bootstrap.choose_kind(runs.n_params, runs.n_records)
-            if options.resample == "auto"
-            else options.resample,
-        )
+        drawn = _drawn(runs, fitted, options, options.bootstrap if known.identified else DRAWS_UNIDENTIFIED)
         ends = intervals.parameter_intervals(fitted, drawn, level=options.level)
     weak: tuple[str, ...] = ()
     if known.identified and options.bootstrap:
@@ -193,6 +182,23 @@ def analyse(runs: RunSet, options: Options, noise: SeedNoise | None, chosen: cho
         _held_out(runs, law, options, noise), tuple(_variants(runs, law, options, noise)), chosen, weak,
         () if options.fixed or not known.identified else adequacy.checks(runs, law),
     )  # fmt: skip
+
+
+def refitted(result: LawResult, runs: RunSet, options: Options) -> LawResult:
+    """The law of `result` fitted to other losses `runs`, with draws; all that else is known of it stays."""
+    fitted = _fit(runs, result.law, options, result.noise)
+    return replace(result, runs=runs, fit=fitted, draws=_drawn(runs, fitted, options, options.bootstrap))
+
+
+def _drawn(runs: RunSet, fitted: Fit, options: Options, most: int) -> bootstrap.Draws:
+    keys = bootstrap.cell_keys(runs.n_params, runs.n_records)
+    if "U" in fitted.law.variables:
+        keys = [f"{k}/{x:.6g}" for k, x in zip(keys, runs.examples, strict=True)]
+    kind = options.resample
+    if kind == "auto":
+        kind = bootstrap.choose_kind(runs.n_params, runs.n_records)
+    x, draws = runs.log_x(fitted.law.variables), min(options.bootstrap, most)
+    return bootstrap.draw(fitted, x, runs.loss, keys, draws=draws, seed=options.seed, kind=kind)
 
 
 def _profiled(runs: RunSet, fit: Fit, ends: dict[str, Interval], options: Options):

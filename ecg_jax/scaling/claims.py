@@ -227,9 +227,7 @@ def under_other_forms(
         for pair in pairs(swapped):
             for m in compare(*pair, level=level):
                 if m.value is not None and np.isfinite(m.value):
-                    others.setdefault(_same(m), {})[form] = m.value
-    return [replace(m, at=m.at | {"under other forms": others[_same(m)]}) if _same(m) in others else m for m in found]
-
-
-def _same(m: Multiplier) -> tuple[str, ...]:
-    return m.kind, m.numerator, m.denominator, m.dataset, m.task, m.domain
+                    others.setdefault(m.statement, {})[form] = m.value
+    return [
+        replace(m, at=m.at | {"under other forms": others[m.statement]}) if m.statement in others else m for m in found
+    ]

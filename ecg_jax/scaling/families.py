@@ -139,9 +139,9 @@ def seed_noise(sets: Sequence[RunSet]) -> SeedNoise | None:
     return SeedNoise((log_ss / df) ** 0.5, (absolute_ss / df) ** 0.5, df, contributing)
 
 
-def group(table: Table) -> list[RunSet]:
+def group(table: Table, *, trials: bool = False) -> list[RunSet]:
     """One `RunSet` per family and measured thing: the ID losses first, then by data set, task, domain and
-    family."""
+    family. `trials`: with all tuning trials, not only the best of each configuration."""
     buckets: dict[SetKey, list[Mapping[str, Any]]] = defaultdict(list)
     for row in table.rows:
         key = SetKey(
@@ -149,7 +149,7 @@ def group(table: Table) -> list[RunSet]:
             row["metric"], row["probe"], row["label_fraction"],
         )  # fmt: skip
         buckets[key].append(row)
-    beaten = beaten_trials(table)
+    beaten = set() if trials else {run for ranked in ranked_trials(table) for run in ranked[1:]}
     sets = [_run_set(key, rows, beaten) for key, rows in buckets.items()]
     home: dict[tuple, dict[str, float]] = {}
     for s in sets:
@@ -162,12 +162,12 @@ def group(table: Table) -> list[RunSet]:
     )
 
 
-def beaten_trials(table: Table) -> set[str]:
-    """Runs that are tuning trials of a configuration (family, N, D, seed, subset) and not its best.
+def ranked_trials(table: Table) -> list[list[str]]:
+    """For each configuration (family, N, D, seed, subset) with several tuning trials its runs, best first.
 
     Trials are told apart by their number, or where the log has none by their learning rate: another rate is no
     repeat. The best is the one with the lowest ID loss, on `val` where the log has that split; a configuration whose
-    trials have no ID loss keeps them all. OOD losses never choose.
+    trials have no ID loss keeps them all. OOD losses never rank.
     """
     found: dict[tuple, dict[str, tuple[int, float]]] = defaultdict(dict)
     trials: dict[tuple, set] = defaultdict(set)
@@ -180,9 +180,7 @@ def beaten_trials(table: Table) -> set[str]:
         score = (r["split"] != "val", r["value"])
         found[cell][r["run"]] = min(score, found[cell].get(r["run"], score))
         trials[cell].add(str(which))
-    return {
-        run for cell, runs in found.items() if len(trials[cell]) > 1 for run in set(runs) - {min(runs, key=runs.get)}
-    }
+    return [sorted(runs, key=runs.get) for cell, runs in found.items() if len(trials[cell]) > 1 and len(runs) > 1]
 
 
 def _run_set(key: SetKey, rows: Sequence[Mapping[str, Any]], beaten: set[str] = frozenset()) -> RunSet:

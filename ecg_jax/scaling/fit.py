@@ -17,7 +17,7 @@ from typing import Any
 from ecg_jax import __version__
 from ecg_jax.errors import DataError, MachineError, UsageError
 from ecg_jax.progress import track
-from ecg_jax.scaling import claims, export, families, multipliers, probed, table, trajectories, transfer
+from ecg_jax.scaling import claims, export, families, multipliers, probed, table, trajectories, transfer, tuning
 from ecg_jax.scaling.analysis import Options, analyse, choose_forms
 from ecg_jax.scaling.families import RunSet, SeedNoise
 
@@ -77,6 +77,7 @@ def fit(
     compared += multipliers.corrected(list(claims.extra(results, moved, options)))
     compared += list(claims.largest(compared, level=level))
     compared = claims.under_other_forms(compared, results, options, level=level)
+    compared = tuning.matched(compared, results, read, options)
     laws_json = [export.law_json(r, options) for r in results]
     multipliers_json = [export.multiplier_json(m) for m in compared]
     texts = {"laws.json": _json(laws_json), "multipliers.json": _json(multipliers_json)}

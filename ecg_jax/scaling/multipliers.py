@@ -54,6 +54,11 @@ class Multiplier:
     note: str = ""
     draws: np.ndarray | None = field(default=None, repr=False, compare=False)  # of ln value; paired among ratios
 
+    @property
+    def statement(self) -> tuple[str, ...]:
+        """What it is the ratio of, however it was found."""
+        return self.kind, self.numerator, self.denominator, self.dataset, self.task, self.domain
+
 
 def family_name(family: tuple[str, str, str]) -> str:
     """`resnet1d / SL / signal`."""

@@ -225,6 +225,12 @@ def _multiplier_row(m: Multiplier) -> list[str]:
     if "under other forms" in m.at:
         others = (f"{f} {numbers.short(x)}" for f, x in m.at["under other forms"].items())
         over += f"<small>under other forms: {escape(', '.join(others))}</small>"
+    if "best of k trials" in m.at:
+        by_k = (
+            f"{k}: {numbers.short(x)} {numbers.interval(ends)}" for k, (x, *ends) in m.at["best of k trials"].items()
+        )
+        always = "told from 1 at each" if m.at["told from 1 at every k"] else "not told from 1 at each"
+        over += f"<small>best of k trials, {escape('; '.join(by_k))}: {always}</small>"
     if top:
         over = f"median {numbers.short(m.at['median'])}<small>range {numbers.interval(m.at['range'])}</small>"
     share = f"<small>{numbers.percent(m.infinite_draws)} of draws infinite</small>" if m.infinite_draws else ""

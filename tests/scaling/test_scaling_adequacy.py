@@ -1,11 +1,13 @@
 """Lack of fit, families on one footing, shifts, weights, kinds of draws, tuning trials, envelope."""
 
+import itertools
+
 import fake_log
 import numpy as np
 import pytest
 
 from ecg_jax.errors import UsageError
-from ecg_jax.scaling import adequacy, allocation, bootstrap, families, forms, laws, paired, shift
+from ecg_jax.scaling import adequacy, allocation, bootstrap, families, forms, laws, paired, shift, tuning
 from ecg_jax.scaling.fit import fit, result_lines
 from ecg_jax.scaling.solve import fit_law
 
@@ -129,6 +131,38 @@ def test_runs_at_other_learning_rates_are_trials_not_repeats(tmp_path):
     result = fit(fake_log.write_jsonl(tmp_path / "log.jsonl", entries + worse), tmp_path / "out", bootstrap=0)
     assert [law["n"] for law in result["laws"]] == [11, 11]
     assert all("tuning trial that is not the best of its configuration" in law["passed_over"] for law in result["laws"])
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 5])
+def test_the_best_of_k_trials_is_the_mean_over_all_draws(n):
+    loss = np.sort(np.random.default_rng(n).normal(size=n))
+    for k in range(1, n + 1):
+        drawn = np.mean([min(some) for some in itertools.combinations(loss, k)])
+        assert tuning.shares(n, k) @ loss == pytest.approx(drawn, abs=1e-12)
+    assert tuning.shares(n, n + 3).tolist() == [1.0] + [0.0] * (n - 1), "no more than there are"
+    assert tuning.shares(n, tuning.MEDIAN) @ loss == pytest.approx(np.median(loss), abs=1e-12)
+
+
+def test_a_family_that_wins_by_more_trials_does_not_win_at_the_same_number(tmp_path):
+    """Four trials of one family spread around the loss of the other, whose two are alike."""
+    lines = ["run,architecture,paradigm,n_params,n_records,dataset,trial,loss_id"]
+    n, d = grid(4, 4)
+    loss = 0.02 + 4 * sum(terms(n, d))
+    loss = loss * np.exp(1e-3 * np.random.default_rng(0).normal(size=len(loss)))
+    for name, factors in (("plain", (1.0, 1.0)), ("tuned", (1.06, 0.94, 0.98, 1.02))):
+        for i, (size, data, here) in enumerate(zip(n, d, loss, strict=True)):
+            for t, factor in enumerate(factors):
+                lines.append(f"{name}{i}-{t},{name},SL,{size:.0f},{data:.0f},x,{t},{here * factor:.12f}")
+    path = tmp_path / "wide.csv"
+    path.write_text("\n".join(lines) + "\n")
+    result = fit(path, tmp_path / "out", melt=["loss_id"], form="hoffmann", bootstrap=60)
+    (m,) = (m for m in result["multipliers"] if m["kind"] == "M_N")
+    by_k = m["at"]["best of k trials"]
+    assert list(by_k) == ["1", "2", "median"]
+    assert by_k["1"][0] == pytest.approx(1, abs=1e-6) and by_k["median"][0] == pytest.approx(1, abs=1e-6)
+    assert abs(np.log(m["value"])) > abs(np.log(by_k["2"][0])) > 0.05, "two trials help less than four"
+    assert m["at"]["told from 1 at every k"] is False
+    assert "best of k trials, 1: 1" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_envelope_and_budgets():
