@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 MINUS, DASH, TIMES = "\u2212", "\u2013", "\u00d7"
+RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 
 
 def count(x: float) -> str:
@@ -30,7 +31,7 @@ def short(x: float | None, digits: int = 3) -> str:
             text = f"{x:.{max(digits - 1 - math.floor(math.log10(abs(float(text)))), 0)}f}"
         return text.replace("-", MINUS)
     mantissa, exponent = f"{x:.{digits - 1}e}".split("e")
-    return f"{mantissa} {TIMES} 10^{int(exponent)}".replace("-", MINUS)
+    return f"{mantissa} {TIMES} 10".replace("-", MINUS) + str(int(exponent)).translate(RAISED)
 
 
 def interval(ends: Sequence[float | None], digits: int = 3) -> str:

@@ -8,6 +8,7 @@ Invariant: no number without its interval or the reason why there is none, and n
 name.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -17,7 +18,7 @@ import numpy as np
 from ecg_jax.scaling import checklist, claims, methods, numbers, one_law, page, probed
 from ecg_jax.scaling.analysis import LawResult, Options
 from ecg_jax.scaling.drawing import Drawing
-from ecg_jax.scaling.families import RunSet
+from ecg_jax.scaling.families import RunSet, SetKey
 from ecg_jax.scaling.multipliers import Multiplier, family_name
 from ecg_jax.scaling.table import Table
 from ecg_jax.scaling.transfer import Transfer
@@ -100,9 +101,11 @@ def _task(runs: RunSet) -> str:
     more = f", probe {key.probe}" if key.probe else ""
     more += f", {100 * key.label_fraction:g} % of the labels" if key.label_fraction != 1 else ""
     more += f", {key.metric}" if key.metric not in ("bce", "loss", "ce") else ""
-    return escape(
-        f"{key.dataset} {key.task}, {key.domain.replace('_', ' ').replace('ood', 'OOD').replace('id', 'ID')}{more}"
-    )
+    return _measured(key) + escape(more)
+
+
+def _measured(of: SetKey | Multiplier) -> str:
+    return escape(f"{of.dataset} {of.task}, {of.domain.replace('_', ' ').replace('ood', 'OOD').replace('id', 'ID')}")
 
 
 # ------------------------------------------------------------------------------------------- laws
@@ -187,7 +190,19 @@ def _multipliers(study: Study) -> Iterator[str]:
     yield from (page.figure(d.panels, d.caption, wide=True) for d in study.drawings if d.kind == "forest")
     level = f"{100 * study.options.level:g} % interval"
     heads = ["Ratio", "Task", "Value", level, "<i>p</i> (Holm)", "At equal loss"]
-    yield page.table(heads, [_multiplier_row(m) for m in study.multipliers])
+    if rows := [_multiplier_row(m) for m in study.multipliers if m.identified]:
+        yield page.table(heads, rows)
+    missing = Counter(
+        f"{escape(m.numerator)} over {escape(m.denominator)}, {_measured(m)}"
+        for m in study.multipliers
+        if not m.identified
+    )
+    if missing:
+        listed = "; ".join(f"{what} ({n})" for what, n in missing.items())
+        yield (
+            f'<p><span class="refused">not identified</span> <span class="soft">{missing.total()} ratios, since one of '
+            f"the two laws is not (multipliers.json has each): {listed}</span></p>"
+        )
 
 
 def _multiplier_row(m: Multiplier) -> list[str]:
@@ -196,13 +211,8 @@ def _multiplier_row(m: Multiplier) -> list[str]:
     row = [
         f"{'max ' if top else ''}<i>{letter}</i><sub>{v}</sub> <small>{escape(m.meaning)}; "
         f"{escape(m.numerator)} over {escape(m.denominator)}</small>",
-        escape(f"{m.dataset} {m.task}, {m.domain.replace('_', ' ').replace('ood', 'OOD').replace('id', 'ID')}"),
+        _measured(m),
     ]
-    if not m.identified:
-        return [
-            *row,
-            '<span class="refused">not identified</span> <span class="soft">one of the laws is not</span>',
-        ]
     if m.value is None:
         return [*row, f'<span class="soft">{escape(m.note)}</span>']
     over = numbers.DASH
