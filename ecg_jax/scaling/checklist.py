@@ -191,5 +191,6 @@ def _tuning(table: Table) -> str:
         )
     return (
         f"different learning rates in the log: {len(rates)}, trial numbers: {len(trials)}; of several trials or rates "
-        "of one configuration the best on ID is fitted; ratios stand at the best of k trials, the same k for both, too"
+        "of one configuration the best on ID is fitted; where there are several, ratios stand at the best of k too, "
+        "the same k for both"
     )
