@@ -10,11 +10,11 @@ last column is the best form in hindsight, which nobody can choose. Randomness: 
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
+from coverage import runs_of
 
-from ecg_jax.scaling import choice, families, forms
+from ecg_jax.scaling import choice, forms
 from ecg_jax.scaling.solve import fit_law
 
 POINTS = (6, 12, 30)
@@ -39,15 +39,6 @@ def truths(rng: np.random.Generator, x: np.ndarray, low: float, high: float) -> 
     }
 
 
-def runs_of(x: np.ndarray, loss: np.ndarray) -> families.RunSet:
-    key = families.SetKey("curve", "SL", "signal", "simulated", "pretrain", "id", "loss", "", 1.0)
-    nan, rows, n = np.full(len(x), np.nan), tuple(map(str, range(len(x)))), len(x)
-    return families.RunSet(
-        key, np.full(n, 1e6), x, loss, np.ones(n, bool), nan, nan, rows, ("done",) * n, (Path(),) * n,
-        "test", "best-val", {}, (), nan,
-    )  # fmt: skip
-
-
 def errors(x: np.ndarray, seen: np.ndarray, further: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Error of each form, of `auto`, and of the best in hindsight; a form with too few points counts as `power`."""
     found: dict[str, float] = {}
@@ -57,7 +48,7 @@ def errors(x: np.ndarray, seen: np.ndarray, further: np.ndarray, truth: np.ndarr
             predicted = fit_law(law, np.log(x)[:, None], seen).predict(np.log(further)[:, None])
             miss = np.abs(np.log(np.maximum(predicted, 1e-300) / truth))
             found[form] = float(np.sqrt(np.mean(np.minimum(miss, WORST) ** 2)))
-    chosen = choice.choose([runs_of(x, seen)], ("D",), loss="log-huber")
+    chosen = choice.choose([runs_of("curve", np.full(len(x), 1e6), x, seen)], ("D",), loss="log-huber")
     auto = found[chosen.form if chosen else "power"]
     return {f: found.get(f, found["power"]) for f in choice.ONE} | {"auto": auto, "best": min(found.values())}
 

@@ -45,13 +45,13 @@ def simulate(design: tuple[int, int], noise: float, k: float, rng: np.random.Gen
         x = laws.design(JOINT, n, d)
         fit = fit_law(JOINT, x, loss, n_starts=2)
         drawn = bootstrap.draw(fit, x, loss, bootstrap.cell_keys(n, d), draws=draws, seed=seed, kind="wild")
-        runs = _runs(name, n, d, loss)
+        runs = runs_of(name, n, d, loss)
         announced |= bool(adequacy.failed(adequacy.checks(runs, JOINT)))
         results.append(LawResult(runs, JOINT, fit, drawn, {}, identify.Identification(()), None, None, ()))
     return next(m for m in multipliers.compare(*results, level=0.95) if m.kind == "M_N"), announced
 
 
-def _runs(name: str, n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> families.RunSet:
+def runs_of(name: str, n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> families.RunSet:
     key = families.SetKey(name, "SL", "signal", "simulated", "pretrain", "id", "loss", "", 1.0)
     nan, rows = np.full(len(n), np.nan), [str(i) for i in range(len(n))]
     return families.RunSet(

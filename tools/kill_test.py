@@ -1,8 +1,8 @@
 """Kills a command at random moments, starts it again until it is done, and compares what it leaves.
 
-    python tools/kill_test.py --kills 100 --work /tmp/kills -- ecg-jax sweep configs/sweep_smoke.toml --out OUT \\
+    python tools/kill_test.py --kills 100 --work kills -- ecg-jax sweep configs/sweep_smoke.toml --out OUT \\
         codebook.folder=OUT/book run.recipe.steps=40 run.checkpoint.every_steps=4
-    python tools/kill_test.py --kills 20 --work /tmp/kills -- ecg-jax train configs/smoke.toml --run OUT \\
+    python tools/kill_test.py --kills 20 --work kills -- ecg-jax train configs/smoke.toml --run OUT \\
         checkpoint.every_steps=5
 
 The word OUT (alone, or inside an argument) becomes a folder: first WORK/whole, where nobody disturbs, then WORK/cut0,

@@ -61,11 +61,10 @@ def matched(
     if not ranks or options.fixed or not options.bootstrap:
         return list(found)
     whole = {s.key: s for s in families.group(table, trials=True)}
+    family = {run: s.key.family for s in whole.values() for run in s.runs}
     most: dict[tuple[str, ...], int] = {}
-    for ranked in ranks:
-        for s in whole.values():
-            if ranked[0] in s.runs:
-                most[s.key.family] = max(most.get(s.key.family, 1), len(ranked))
+    for ranked in (r for r in ranks if r[0] in family):
+        most[family[ranked[0]]] = max(most.get(family[ranked[0]], 1), len(ranked))
     few = replace(options, bootstrap=min(options.bootstrap, DRAWS))
     made: dict[tuple, LawResult | None] = {}
 
